@@ -25,6 +25,7 @@ from .convert_checks import (
     StuckError,
     UnprovenError,
     check_called,
+    check_copies,
     check_half,
     check_none_stuck,
     check_unchanged,
@@ -206,6 +207,7 @@ def _with_gates(
     if example_inputs is not None:
         with inputs.unfused():
             before = inputs.comparable(model, example_inputs)
+        check_copies(model, example_inputs)
     chosen, skipped = choose(model, gate, granularity, bool(per_sample), include, exclude)
     plan, untraced = None, None
     seen = look(model, example_inputs) if granularity in VECTOR_GRANULARITIES and example_inputs is not None else None

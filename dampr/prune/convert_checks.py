@@ -4,12 +4,13 @@ cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dampr.gates import Fixed, Gate
 from dampr.nn import GatedLayer
@@ -40,6 +41,44 @@ class StuckError(ConversionError):
     def __init__(self, reasons: dict[str, str]) -> None:
         super().__init__(str(reasons))
         self.reasons = reasons
+
+
+class _Strangers(TorchFunctionMode):
+    """Notes whether an operator gets one of these tensors, which are ``id -> name``."""
+
+    def __init__(self, tensors: Mapping[int, str]) -> None:
+        super().__init__()
+        self.tensors, self.found = tensors, ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                self.found = self.found or self.tensors.get(id(one), "")
+        return func(*args, **(kwargs or {}))
+
+
+def check_copies(model: nn.Module, example_inputs: Any) -> None:
+    """Raise ConversionError if a copy of the model computes with parameters of the model itself.
+
+    What is cut would not be what is called then, so nothing could be cut, and every comparison would pass.
+    """
+    strangers = _Strangers({id(p): name for name, p in model.named_parameters()})
+
+    def run(copy: nn.Module, inputs_of_copy: Any) -> None:
+        with strangers:
+            inputs.evaluate(copy, inputs_of_copy)
+
+    try:
+        inputs.on_shapes(model, example_inputs, run)
+    except Exception:
+        if not strangers.found:
+            run(inputs.copied(model, example_inputs), example_inputs)
+    if strangers.found:
+        raise ConversionError(
+            f"a copy of {type(model).__name__} computes with {strangers.found!r} of the model itself, so its layers "
+            "cannot be cut: expected layers that are reached through attributes, not through global variables or "
+            "through functions and objects that copy.deepcopy shares"
+        )
 
 
 def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.Tensor], example_inputs: Any) -> None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +56,13 @@ def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 def _value(value: Any, memo: dict[int, Any]) -> Any:
     """A deep copy of one attribute's value."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind in _AS_IT_IS:
         return value
     if id(value) in memo:
         return memo[id(value)]
+    if isinstance(value, nn.Module):
+        return deep(value, memo)
     if kind in (FunctionType, partial):
         return _function(value, memo) if _holds_parts(value, memo[_PARTS], set()) else value
     if kind in _MAPPINGS:
@@ -67,10 +70,37 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
         for key, inner in value.items():
             made[_value(key, memo)] = _value(inner, memo)
         return made
+    if kind is list:
+        memo[id(value)] = listed = list[Any]()
+        listed.extend(_value(inner, memo) for inner in value)
+        return listed
+    if kind is tuple:
+        several = tuple(_value(inner, memo) for inner in value)
+        return memo.setdefault(id(value), several)  # a tuple that is reached again from within has its copy already
     if kind is set and not value:
         memo[id(value)] = empty = set[Any]()
         return empty
-    return deep(value, memo) if isinstance(value, nn.Module) else copy.deepcopy(value, memo)
+    if kind is ReferenceType:
+        return ref(_value(value(), memo)) if _holds_parts(value, memo[_PARTS], set()) else value
+    state = _state_of(value)
+    if state is None:
+        return copy.deepcopy(value, memo)
+    memo[id(value)] = made = kind.__new__(kind)
+    vars(made).update((name, _value(inner, memo)) for name, inner in state.items())
+    return made
+
+
+def _state_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object that ``copy.deepcopy`` would copy one by one; None for other objects."""
+    kind = type(value)
+    own = ("__deepcopy__", "__setstate__")
+    if isinstance(value, (Tensor, type)) or not hasattr(value, "__dict__") or any(hasattr(kind, name) for name in own):
+        return None
+    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+        return None
+    parts: Any = value.__reduce_ex__(4)  # (constructor, its arguments, state, items of a list, items of a dict)
+    plain = parts[:2] == (_MAKE, (kind,)) and all(part is None for part in parts[3:])
+    return parts[2] if plain and type(parts[2]) is dict else None
 
 
 def _function(function: Any, memo: dict[int, Any]) -> Any:
@@ -97,7 +127,9 @@ def _function(function: Any, memo: dict[int, Any]) -> Any:
 
 
 def _holds_parts(value: Any, parts: set[int], seen: set[int]) -> bool:
-    """Whether a value is one of these modules, a method of one, or a function with one in its closure."""
+    """Whether a value is one of these modules, a method of one, a weak reference to one, or a function with one in its
+    closure.
+    """
     if id(value) in seen:
         return False
     seen.add(id(value))
@@ -105,6 +137,8 @@ def _holds_parts(value: Any, parts: set[int], seen: set[int]) -> bool:
         return id(value) in parts
     if isinstance(value, MethodType):
         return _holds_parts(value.__self__, parts, seen)
+    if isinstance(value, ReferenceType):
+        return _holds_parts(value(), parts, seen)
     if isinstance(value, partial):
         return any(_holds_parts(one, parts, seen) for one in (value.func, *value.args, *value.keywords.values()))
     if not isinstance(value, FunctionType):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from . import hooks, inputs, noise, tracing
+from . import hooks, inputs, tracing
 from .layers.registry import kind_of
+from .restore import as_it_was
 
 
 @dataclass(eq=False)
@@ -75,11 +76,11 @@ class Flow:
         handles += [m.register_forward_hook(self._leave) for m in layers]
         with (
             hooks.removing(handles),
+            as_it_was(model),
             inputs.evaluating(model),
             tracing.all_trainable(model),
             tracing.one_node(model, cores),
             torch.enable_grad(),
-            noise.same(model),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # the model has already given its warnings in an earlier run

@@ -24,9 +24,10 @@ from dampr.gates.base import GateModule
 from dampr.gates.ranks import groups_in
 from dampr.nn import GatedSyncBatchNorm
 
-from . import copies, hooks, noise
+from . import attributes, copies, hooks, noise
 from .meta import OnMeta
 from .modules import of_kind
+from .restore import as_it_was
 
 Model = TypeVar("Model", bound=nn.Module)
 """A type variable: a function that takes a ``Model`` returns the same type of model."""
@@ -43,11 +44,12 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def evaluate(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """The output tensors of ``model`` in evaluation mode without gradients; afterwards every module is in its old mode.
+    """The output tensors of ``model`` in evaluation mode without gradients. Afterwards the model is as it was, whatever
+    it writes into buffers and attributes.
 
     Random numbers that a model draws in evaluation mode, as a masked autoencoder does, are the same in every call.
     """
-    with evaluating(model), torch.no_grad(), noise.same(model):
+    with as_it_was(model), evaluating(model), torch.no_grad():
         return tensors(call(model, example_inputs))
 
 
@@ -65,7 +67,8 @@ def copied(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     except RuntimeError:  # torch cannot copy tensors with a graph
         if example_inputs is None:
             raise
-    evaluate(model, example_inputs)
+    with evaluating(model), torch.no_grad(), noise.same(model):
+        call(model, example_inputs)
     return cast(nn.Module, copies.deep(model, _memo(model)))
 
 
@@ -248,7 +251,7 @@ def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
     Raises: TypeError with the type of the output if it holds no tensor.
     """
-    with evaluating(model), torch.no_grad(), noise.same(model):
+    with as_it_was(model), evaluating(model), torch.no_grad():
         output = call(model, example_inputs)
     found = tensors(output)
     if not found:
@@ -480,11 +483,12 @@ def unfused() -> Iterator[None]:
 
 
 def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``layers[old]``, with the users' hooks, in the place of each ``old`` module, under every name it has in
-    ``model``.
+    """Put ``layers[old]`` in the place of each ``old`` module, under every name it has in ``model``, with the hooks and
+    attributes that users have put on it.
     """
     for old, new in layers.items():
         hooks.copy(old, new)
+        attributes.carry_all(old, new)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if name and module in layers:
             parent, _, child = name.rpartition(".")

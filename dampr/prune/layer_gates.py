@@ -11,7 +11,7 @@ from dampr.gates import DependencyGenerator, make_gate
 from dampr.nn import GatedHeads
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 
-from . import heads, hooks
+from . import attributes, heads, hooks
 from .layers.registry import KINDS, kind_of
 
 REPLACEMENT = {dense for kind in KINDS if not kind.normalises for dense, _ in kind.twins}
@@ -37,8 +37,9 @@ def gate_count(layer: nn.Module, granularity: Granularity) -> int:
 def gated_layer(
     layer: Any, gate: Any, granularity: Granularity, per_sample: bool, of_heads: heads.Attention | None
 ) -> nn.Module:
-    """The gated layer made of ``layer``, with its hooks; ``of_heads`` if the layer is the output projection of this
-    attention, whose heads then have the gates.
+    """The gated layer made of ``layer``, with its hooks and attributes.
+
+    ``of_heads``: given if the layer is the output projection of this attention, whose heads then have the gates.
     """
     gated: nn.Module
     if of_heads is not None:
@@ -47,6 +48,7 @@ def gated_layer(
     else:
         gated = kind_of(layer).gated(layer, gate, granularity, per_sample)
     hooks.share(layer, gated)
+    attributes.carry(layer, gated)
     return gated
 
 

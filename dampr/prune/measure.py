@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import inputs, noise
+from . import inputs
 from .modules import gates_of
+from .restore import as_it_was
 
 
 def _recurrent_flops(x: torch.Size, *weights: Any, **_: Any) -> int:
@@ -42,19 +43,35 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """
 
     def count(model: nn.Module, example_inputs: Any) -> int:
-        with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
+        with as_it_was(model), inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
             return count_call(inputs.call, model, example_inputs)
 
-    with noise.same(model):
-        return inputs.without_arithmetic(model, example_inputs, count)
+    return inputs.without_arithmetic(model, example_inputs, count)
 
 
 def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Multiply-accumulates of one call, counted like :func:`count_macs`."""
     counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with _Einsums(counter) as einsums:
         _count(counter, function, *args, **kwargs)
     return counter.get_total_flops() // 2 + einsums.macs
+
+
+class _NoModules:
+    """Stands for the tracker of modules of torch's counter where only the total is asked for.
+
+    Torch's own tracker puts hooks on gradients, and so stops models that compute gradients in their forward, as those
+    of forces do.
+    """
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class _Einsums(TorchFunctionMode):
@@ -95,7 +112,7 @@ def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[st
     """For each module in ``names``, the MACs that it computes itself, without those of the layers inside of it. For an
     attention these are its scores and the weighted sums of values.
     """
-    with inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
+    with as_it_was(model), inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
         counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
         _count(counter, inputs.call, model, example_inputs)
     counts = counter.get_flop_counts()

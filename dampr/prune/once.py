@@ -18,6 +18,7 @@ from .compact import compact
 from .convert import convert as put_gates_in
 from .importance import evenly, magnitudes
 from .recalibrate import recalibrate, share_statistics
+from .restore import as_it_was
 from .summary import gated_layers
 from .wrapped import sees_through
 
@@ -153,7 +154,7 @@ def taylor(
     """The mean over batches of (z dL/dz)^2 of every gate, (all gates,), float64 on the host, in evaluation mode."""
     total = torch.zeros(sum(gate.num_gates for gate in gates), dtype=torch.float64)
     probes = [gate.probe for gate in gates]
-    with inputs.evaluating(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+    with as_it_was(model), inputs.evaluating(model), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
         for gate in gates:
             gate.training = True  # evaluation, but with the factor whose gradient is wanted
         for given, target in data:

@@ -24,6 +24,7 @@ from .expand import Optimizers, PassedChecks, check_state, check_trains, optimiz
 from .plan_hooks import check_model, divergence, is_trained, uncompiled
 from .plan_report import PlanError, PlanReport
 from .recalibrate import recalibrate, share_statistics
+from .restore import as_it_was
 from .schedule import WHEN, ShrinkSchedule
 from .shrinker import Copies, check_copies, copies_of
 from .summary import distinct_gates, gated_layers
@@ -188,7 +189,7 @@ class Plan:
                 found = self._make_budget(self._with_gates(trial))
         found.check_widths(round_to, min_width)
         if distill and distill_loss is None:
-            with inputs.evaluating(model), torch.no_grad(), noise.kept(model):
+            with as_it_was(model), inputs.evaluating(model), torch.no_grad():
                 output = inputs.call(model, example_inputs)
             divergence(output, output)  # refuses outputs that are no logits
         self.metric, self.total, self.target = found.metric, found.total, found.target

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from dampr.nn import AbsorbedReLU
 from dampr.nn.batch_norm import GatedBatchNorm
 
-from . import hooks, inputs, noise
+from . import attributes, hooks, inputs, noise
 from .modules import is_exactly
 
 
@@ -47,6 +47,7 @@ def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: 
         relu: Any = model.get_submodule(name)
         absorbed[relu] = AbsorbedReLU(relu.inplace).train(relu.training)
         hooks.share(relu, absorbed[relu])
+        attributes.carry(relu, absorbed[relu])
     return absorbed
 
 

@@ -21,11 +21,12 @@ from dampr.nn.computed import computed
 from dampr.nn.pruned.narrowed_rnn import in_parts, narrowed
 from dampr.nn.rnn import GatedRecurrent
 
-from . import hooks, inputs, noise
+from . import hooks, inputs
 from .graph import CannotCutError
 from .layers.recurrent import without_factors
 from .layers.registry import channel_count, kind_of
 from .modules import by_name
+from .restore import as_it_was
 
 Kept = dict[tuple[nn.Module, bool], Tensor]
 
@@ -278,9 +279,9 @@ def readers(model: nn.Module, layer: nn.RNNBase, sample: Any) -> list[nn.Module]
             handles.append(module.register_forward_pre_hook(read, with_kwargs=True))
     with (
         hooks.removing(handles),
+        as_it_was(model),
         inputs.evaluating(model),
         inputs.frozen(model),
-        noise.same(model),
         torch.enable_grad(),
     ):
         results = inputs.tensors(inputs.call(model, sample))

@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import hooks, inputs, meta, noise
+from .. import hooks, inputs, meta
+from ..restore import as_it_was
 from . import rules
 from .axes import Axes, moving, narrow
 from .call import Call
@@ -65,7 +66,7 @@ def run(
     tracer.fake, tracer.closed, tracer.alive, tracer.counts = fake, closed, {} if alive is None else alive, counts
     tracer.added = set() if added is None else added
     with ExitStack() as stack:
-        stack.enter_context(as_it_was(model, parameters=training and not fake))
+        stack.enter_context(as_it_was(model, parameters=training and not fake, swapped=True))
         stack.enter_context(_plain_operators())
         model.train(training)
         if fake:
@@ -109,56 +110,12 @@ def run_as_fits(
     run(ledger, model, example_inputs, training=training, fake=False, counts=counts)
 
 
-@contextmanager
-def as_it_was(model: nn.Module, parameters: bool = False) -> Iterator[None]:
-    """After the block, restore every attribute of every module, the values of buffers, and the states of random
-    generators.
-
-    ``parameters``: restore the values of parameters too, which needs a copy of them. A model may write into parameters
-    in training, for example into those of a teacher that is a running average.
-    """
-    attributes = [(module, dict(vars(module)), _containers(module)) for module in model.modules()]
-    values = [(t, t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))]
-    try:
-        with noise.same(model):
-            yield
-    finally:
-        for module, had, containers in attributes:
-            vars(module).clear()
-            vars(module).update(had)
-            for container, content in containers:
-                _refill(container, content)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-
-
 def _computes_alike(func: Any) -> bool:
     """Whether an operator computes each element of its result from the elements at the same place, without randomness,
     and returns a new tensor.
     """
     drawn = torch.Tag.nondeterministic_seeded in func.tags
     return torch.Tag.pointwise in func.tags and not drawn and not func._schema.is_mutable
-
-
-def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """(container, copy of its content) for every dict, list and set among the attributes of a module; for empty ones,
-    as most dicts of hooks are, the content is None.
-    """
-    return [
-        (value, value.copy() if value else None)
-        for value in vars(module).values()
-        if isinstance(value, (dict, list, set))
-    ]
-
-
-def _refill(container: Any, content: Any) -> None:
-    """Replace the content of a dict, list or set, in place."""
-    if content is None and not container:
-        return
-    container.clear()
-    if content is not None:
-        container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 @contextmanager

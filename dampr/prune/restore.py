@@ -1,0 +1,74 @@
+"""Run a model without leaving a trace: attributes of its modules, buffers and random generators are afterwards as they
+were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import noise
+
+
+@contextmanager
+def as_it_was(model: nn.Module, parameters: bool = False, swapped: bool = False) -> Iterator[None]:
+    """After the block, restore the attributes of modules, the values of buffers, and the states of random generators.
+
+    Random numbers that the model draws in the block are the same in every such block.
+
+    Args:
+        model: the model.
+        parameters: restore the values of parameters too, which needs a copy of them. A model may write into parameters
+            in training, for example into those of a teacher that is a running average.
+        swapped: whether the block puts other tensors in the place of parameters and buffers. If not, layers of torch,
+            whose forward sets no attribute, are passed over, which is faster.
+    """
+    own = [module for module in model.modules() if swapped or not type(module).__module__.startswith("torch.nn.")]
+    attributes = [(module, dict(vars(module)), _containers(module)) for module in own]
+    values = [
+        (t, _version(t), t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))
+    ]
+    try:
+        with noise.same(model):
+            yield
+    finally:
+        for module, had, containers in attributes:
+            vars(module).clear()
+            vars(module).update(had)
+            for container, content in containers:
+                _refill(container, content)
+        with torch.no_grad():
+            for tensor, version, value in values:
+                if version is None or tensor._version != version:
+                    if tensor.shape != value.shape:
+                        tensor.resize_(value.shape)
+                    tensor.copy_(value)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written into; None if torch does not count that."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """(container, copy of its content) for every dict, list and set among the attributes of a module; for empty ones,
+    as most dicts of hooks are, the content is None.
+    """
+    return [
+        (value, value.copy() if value else None)
+        for value in vars(module).values()
+        if isinstance(value, (dict, list, set))
+    ]
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Replace the content of a dict, list or set, in place."""
+    if content is None and not container:
+        return
+    container.clear()
+    if content is not None:
+        container.extend(content) if isinstance(container, list) else container.update(content)
