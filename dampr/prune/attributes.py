@@ -62,7 +62,7 @@ def _added(layer: nn.Module) -> list[str]:
 @functools.cache
 def _fresh(kind: Any) -> nn.Module | None:
     """A layer of a type of torch with one channel, on the meta device; None for other types."""
-    if not kind.__module__.startswith("torch.nn."):
+    if not kind.__module__.startswith("torch.nn.modules."):
         return None
     for sizes in ((), (1,), (1, 1), (1, 1, 1)):
         for how in ({"device": "meta"}, {}):

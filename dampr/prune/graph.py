@@ -76,7 +76,7 @@ class Widths:
         traced: the model whose operators were traced: ``plain`` if it is given, else ``model``.
         units: its units.
 
-    Raises: TracingError; what the model's forward raises.
+    Raises: TracingError.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Widths:
     ) -> None:
         self._cores = {attention.core for attention in heads.find(model)}
         self._names = {module: name for name, module in model.named_modules()}
-        self._flow = Flow(model, example_inputs, self._cores)
         self.traced, self._inputs = plain or model, example_inputs
         try:
+            self._flow = Flow(model, example_inputs, self._cores)
             with inputs.quiet(self.traced, example_inputs) if units is None else nullcontext():
                 self.units = units or trace_units(self.traced, example_inputs)
         except Exception as error:

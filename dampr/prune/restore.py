@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import noise
 
@@ -29,9 +29,7 @@ def as_it_was(model: nn.Module, parameters: bool = False, swapped: bool = False)
     """
     own = [module for module in model.modules() if swapped or not type(module).__module__.startswith("torch.nn.")]
     attributes = [(module, dict(vars(module)), _containers(module)) for module in own]
-    values = [
-        (t, _version(t), t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))
-    ]
+    values = [(t, t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))]
     try:
         with noise.same(model):
             yield
@@ -42,16 +40,12 @@ def as_it_was(model: nn.Module, parameters: bool = False, swapped: bool = False)
             for container, content in containers:
                 _refill(container, content)
         with torch.no_grad():
-            for tensor, version, value in values:
-                if version is None or tensor._version != version:
-                    if tensor.shape != value.shape:
-                        tensor.resize_(value.shape)
+            for tensor, value in values:
+                if tensor.shape != value.shape:
+                    tensor.resize_(value.shape)
+                # Batch norms write without a count of it, and writing counts against graphs that hold the tensor.
+                if not tensor.is_meta and not torch.equal(tensor, value):
                     tensor.copy_(value)
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written into; None if torch does not count that."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:

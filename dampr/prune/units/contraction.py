@@ -183,7 +183,23 @@ def _convolution(call: Call) -> Axes:
     ``ledger.within``, the channels in the same place of every group are one (:func:`_read_within_groups`).
     """
     tensor, weight, bias = call.args[:3]
-    transposed, groups, rank = call.arg("transposed", False), call.arg("groups", 1), tensor.dim()
+    return _convolved(call, tensor, weight, bias, call.arg("transposed", False))
+
+
+@rules.rule("convolution_backward")
+def _convolution_backward(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of the gradient of a convolution's input, which models take that compute forces: it is the transposed
+    convolution of the gradient of the output.
+    """
+    grad, _, weight = call.args[:3]
+    if list(call.arg("output_mask")) != [True, False, False]:
+        return rules.opaque(call)
+    return _convolved(call, grad, weight, None, not call.arg("transposed", False)), [], []
+
+
+def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed: bool) -> Axes:
+    """The axes of a convolution of ``tensor`` with ``weight``, the first result of ``call``."""
+    groups, rank, out = call.arg("groups", 1), tensor.dim(), call.first
     read, made = _weight_sides(call, weight, transposed)
     batch, channels = _image_axes(call, tensor)
     if call.of(tensor) is None and not call.even(tensor, {1}):
@@ -199,7 +215,7 @@ def _convolution(call: Call) -> Axes:
     of_sides = [*read, *made] if groups == 1 or within else read if transposed else made
     if groups > 1 and not of_sides:  # the weight has no units: a filter that code makes for every channel
         of_sides = channels
-    call.count((tensor if transposed else call.out)[:, 0].numel() * weight.numel(), [*of_sides, *batch])
+    call.count((tensor if transposed else out)[:, 0].numel() * weight.numel(), [*of_sides, *batch])
     if groups == 1:
         _read_all(call, tensor, channels, read)
     elif within:
@@ -209,7 +225,7 @@ def _convolution(call: Call) -> Axes:
     axes = moving([along(units, 1, rank) for units in made])
     if call.of(bias) is not None:
         rules.write(call, [bias])
-        shape = [1, call.out.shape[1]] + [1] * (rank - 2)
+        shape = [1, out.shape[1]] + [1] * (rank - 2)
         shifts = Marks([along(axis, 1, rank) for axis in call.axes(bias)])
         axes = call.ledger.meet(shape, [(Marks(axes), shape), (shifts, shape)], call)
     return axes + batch
@@ -331,7 +347,7 @@ def _read_in_groups(
     if transposed:
         for units in made:
             ledger.fix(units, within)
-        made = [ledger.fresh(call.out.shape[1])]
+        made = [ledger.fresh(call.first.shape[1])]
     for units in made:
         ledger.unite(block, units.reshape(groups, -1), call)
-    return made or [block.expand(groups, call.out.shape[1] // groups).reshape(-1)]
+    return made or [block.expand(groups, call.first.shape[1] // groups).reshape(-1)]

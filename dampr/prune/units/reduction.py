@@ -197,6 +197,20 @@ def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
     return pool
 
 
+def _spatial_gradient(dims: int) -> Callable[[Call], Axes]:
+    """A rule for the gradients of such operators. Their channels are those of the operator's input."""
+
+    def gradient(call: Call) -> Axes:
+        """The rule for the last ``dims`` dimensions of the gradient, and of the input if the call has it."""
+        over = set(range(call.first.dim() - dims, call.first.dim()))
+        shape = [1 if at in over else size for at, size in enumerate(call.first.shape)]
+        read = [call.axes(tensor) for tensor in call.args[:2] if call.of(tensor) is not None]
+        operands = [(Marks(call.ledger.reduce(axes, over, True, "mixed", call)), shape) for axes in read]
+        return call.ledger.meet(shape, operands, call)
+
+    return gradient
+
+
 _SPATIAL = (
     "max_pool avg_pool adaptive_avg_pool adaptive_max_pool upsample_nearest upsample_linear upsample_bilinear "
     "upsample_bicubic "
@@ -206,6 +220,8 @@ for _dim in (1, 2, 3):
     for _kind in _SPATIAL.split():
         _forms = "{0}{1}d {0}{1}d_with_indices _{0}{1}d {0}{1}d_aa _{0}{1}d_aa mkldnn_{0}{1}d"
         rules.rule(_forms.format(_kind, _dim))(_spatial(_dim))
+        _gradients = " ".join(f"{form}_backward" for form in _forms.format(_kind, _dim).split())
+        rules.rule(_gradients)(_spatial_gradient(_dim))
 rules.rule("grid_sampler_2d")(_spatial(2))
 rules.rule("grid_sampler_3d")(_spatial(3))
 

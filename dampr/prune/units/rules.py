@@ -46,6 +46,22 @@ def of(func: Any, name: str) -> Rule | None:
     return elementwise if torch.Tag.pointwise in func.tags else None
 
 
+def parts_of(func: Any) -> Callable[..., Any] | None:
+    """A function that computes what an operator does by operators that it consists of; None if torch has none.
+
+    Gradients that no rule is for, which models that compute forces call in their forward, are in torch's table of
+    decompositions. It takes a second to load.
+    """
+    if func._can_decompose():
+        found: Callable[..., Any] = func.decompose
+        return found
+    if "backward" not in func._schema.name:
+        return None
+    from torch._decomp import decomposition_table
+
+    return decomposition_table.get(func)
+
+
 def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
     """(marks, shape) of one tensor, as :meth:`~.ledger.Ledger.meet` takes them; None for a tensor without units.
 

@@ -218,9 +218,10 @@ class Tracer(TorchDispatchMode):
         rule = rules.of(func, name)
         if func.namespace == "prim":
             rule = rules.nothing
-        if rule is None and func._can_decompose():
+        parts = rules.parts_of(func) if rule is None else None
+        if parts is not None:
             with self:
-                result = func.decompose(*args, **kwargs)
+                result = parts(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         told, read = self._as_a_view(func, args)
