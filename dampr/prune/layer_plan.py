@@ -87,6 +87,8 @@ def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bo
     """Why a layer cannot have gates of this kind and granularity; None if it can."""
     if has_own_forward(layer):
         return "its forward was set on the object, and no layer with gates computes that"
+    if any(p.is_complex() for p in layer.parameters(recurse=False)):
+        return "its weights are complex, and layers with gates compute with real ones"
     if (name := computed(layer)) is not None:
         how = (
             "torch.nn.utils.parametrize"

@@ -1,4 +1,4 @@
-"""Models whose forward takes gradients, as those of forces and of energies do: the gradients are traced and cut, too."""
+"""Models whose forward takes gradients, as those of forces do: the gradients are traced and cut, too."""
 
 from __future__ import annotations
 

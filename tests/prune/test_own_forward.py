@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,13 @@ def test_a_plan_ends_smaller() -> None:
     assert torch.equal(y, copy.deepcopy(small)(x))
 
 
+class Behind:
+    """An object that is no module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.held = {"f": function}
+
+
 class Holder(nn.Module):
     """Functions that hold parts of it, directly and through others."""
 
@@ -136,6 +144,8 @@ class Holder(nn.Module):
         self.nested = lambda x: inner(x) + 1
         self.partial = functools.partial(lambda module, x: module(x), self.other)
         self.outside = lambda x: stranger(x)
+        self.listed = [lambda x: layer(x), {"in a dict": (lambda x: layer(x),)}]
+        self.behind, self.weak = Behind(lambda x: layer(x)), weakref.ref(layer)
         self.stranger = [stranger]  # in a list, so it is no part
 
         def again(x: Tensor, times: int = 1) -> Tensor:
@@ -145,7 +155,8 @@ class Holder(nn.Module):
         self.again = again
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.direct(x), self.nested(x), self.partial(x), self.again(x)])
+        more: Any = [self.listed[0], self.listed[1]["in a dict"][0], self.behind.held["f"], self.weak()]  # type: ignore[index]
+        return torch.stack([f(x) for f in (self.direct, self.nested, self.partial, self.again, *more)])
 
 
 def test_functions_of_a_copy_hold_its_own_parts() -> None:
