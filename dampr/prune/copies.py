@@ -75,6 +75,8 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
         listed.extend(_value(inner, memo) for inner in value)
         return listed
     if kind is tuple:
+        if all(type(inner) in _AS_IT_IS for inner in value):  # such as the size of a kernel
+            return value
         several = tuple(_value(inner, memo) for inner in value)
         return memo.setdefault(id(value), several)  # a tuple that is reached again from within has its copy already
     if kind is set and not value:
