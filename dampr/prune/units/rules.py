@@ -168,6 +168,8 @@ def copied(call: Call) -> Axes:
 
 def opaque(call: Call, what: str = "of which nothing is known") -> Axes | tuple[Axes, ...]:
     """The rule of unknown operators: no unit of an input may be cut, and the result has no units."""
+    if isinstance(call.out, (bool, int, float)):
+        return []  # it asks something of tensors
     for marks in call.marks:
         if marks is not None:
             call.ledger.fix(marks.axes, call.why("opaque", f"its channels go into an operator {what}"))
