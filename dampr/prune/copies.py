@@ -54,6 +54,12 @@ def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
     return made
 
 
+def value(one: Any, memo: dict[int, Any]) -> Any:
+    """``copy.deepcopy(one, memo)`` of an object that is no module."""
+    memo[_PARTS] = set()
+    return _value(one, memo)
+
+
 def _value(value: Any, memo: dict[int, Any]) -> Any:
     """A deep copy of one attribute's value."""
     kind: Any = type(value)

@@ -1,6 +1,7 @@
 """Run models on example inputs, copy models, and compare their outputs.
 
-Example inputs are a tensor, a tuple or list of positional arguments, or a dict of keyword arguments. The functions here
+Example inputs are a tensor, a tuple or list of positional arguments, or a dict of keyword arguments; tensors may lie in
+objects among them. The functions here
 run a model on them without leaving a trace: modes, random generators and hooks are afterwards as before.
 """
 
@@ -15,9 +16,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dampr.gates.base import GateModule
@@ -28,6 +27,7 @@ from . import attributes, copies, hooks, noise
 from .meta import OnMeta
 from .modules import of_kind
 from .restore import as_it_was
+from .values import tensors, with_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 """A type variable: a function that takes a ``Model`` returns the same type of model."""
@@ -187,63 +187,11 @@ def _memo(model: nn.Module) -> dict[int, Any]:
 
 def check(example_inputs: Any) -> None:
     """Raise TypeError unless there is at least one tensor in the example inputs."""
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example_inputs)):
+    if not tensors(example_inputs):
         raise TypeError(
             f"example_inputs={example_inputs!r:.80}: expected a tensor, a tuple of positional or a dict of keyword "
             "arguments that holds one"
         )
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """Every tensor of a model's output, in order, from containers, dataclasses, distributions and attributes of
-    objects.
-    """
-    found: list[Tensor] = []
-    seen: set[int] = set()
-
-    def look(value: Any, depth: int) -> None:
-        """Collect the tensors in ``value``, which lies ``depth`` objects deep in the output."""
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif value is not None and not isinstance(value, _PLAIN) and id(value) not in seen and depth < DEPTH:
-            seen.add(id(value))
-            for inner in _inside(value):
-                look(inner, depth + 1)
-
-    look(output, 0)
-    return found
-
-
-DEPTH = 8  # how deep objects may lie in objects for :func:`tensors` to find their tensors
-_PLAIN = (str, bytes, int, float, complex, bool, type, nn.Module, torch.dtype, torch.device)
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    """The items of an object, and the values of its attributes that are no items.
-
-    Caches of keys and values in transformers models are left out: their shape follows the number of heads.
-    """
-    if any(kind.__name__ == "Cache" and kind.__module__.startswith("transformers.") for kind in type(value).__mro__):
-        return []
-    if hasattr(value, "to_tuple"):
-        return list(value.to_tuple())
-    if isinstance(value, Mapping):
-        items = list(value.values())
-        return items + [v for v in getattr(value, "__dict__", {}).values() if all(v is not item for item in items)]
-    if isinstance(value, PackedSequence):
-        return [value.data, value.batch_sizes]
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return list(value)
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
-    return list(getattr(value, "__dict__", {}).values()) + [
-        getattr(value, name) for name in slots if hasattr(value, name)
-    ]
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    """The names in ``__slots__`` of a class."""
-    found = vars(kind).get("__slots__", ())
-    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
@@ -269,18 +217,14 @@ def perturbed(example_inputs: Any) -> Any:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def shake(leaf: Any) -> Any:
-        """One leaf of the inputs with noise; other leaves than dense floating-point tensors are returned as they
-        are.
-        """
-        if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
-            return leaf
-        if not leaf.is_floating_point() or not leaf.numel():
+    def shake(leaf: Tensor) -> Tensor:
+        """A tensor of the inputs with noise; others than dense floating-point tensors are returned as they are."""
+        if leaf.layout != torch.strided or not leaf.is_floating_point() or not leaf.numel():
             return leaf
         noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
         return leaf.detach() + noise * (0.1 * leaf.detach().abs().mean() + 1e-3)
 
-    return pytree.tree_map(shake, example_inputs)
+    return with_tensors(shake, example_inputs)
 
 
 def differ(a: list[Tensor], b: list[Tensor], rtol: float, atol: float) -> bool:

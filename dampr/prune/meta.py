@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .values import with_tensors
 
 _MANY = 50_000  # with more remembered calls than this, all are forgotten
 _PLAIN = (Tensor, nn.Parameter)
@@ -169,7 +170,7 @@ class OnMeta(TorchDispatchMode):
     @staticmethod
     def of(example_inputs: Any) -> Any:
         """The example inputs as meta tensors."""
-        return pytree.tree_map_only(Tensor, lambda t: t.to("meta"), example_inputs)
+        return with_tensors(lambda t: t.to("meta"), example_inputs)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

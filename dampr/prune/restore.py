@@ -29,7 +29,8 @@ def as_it_was(model: nn.Module, parameters: bool = False, swapped: bool = False)
     """
     own = [module for module in model.modules() if swapped or not type(module).__module__.startswith("torch.nn.")]
     attributes = [(module, dict(vars(module)), _containers(module)) for module in own]
-    values = [(t, t.detach().clone()) for t in (*model.buffers(), *(model.parameters() if parameters else ()))]
+    held = (*model.buffers(), *(model.parameters() if parameters else ()))
+    values = [(t, t.detach().clone()) for t in held if t.layout == torch.strided and not t.is_quantized]
     try:
         with noise.same(model):
             yield

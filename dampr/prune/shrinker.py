@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils import _pytree as pytree
 
 from dampr import _checks
 from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate, ranks
@@ -25,6 +24,7 @@ from .expand import Optimizers, PassedChecks, check_state, optimizers_of
 from .layout import WHOLE, Layout, Shelf, move_state, moved, shapes_of
 from .modules import of_kind
 from .summary import gated_layers
+from .values import with_tensors
 from .wrapped import check_bare
 
 _IN_PLACE = "it becomes smaller in place"
@@ -297,7 +297,7 @@ class Shrinker:
             samples = [self._inputs, inputs.perturbed(self._inputs)]
             trial = inputs.copied(self.model)
             if kind is not None:
-                trial, samples = trial.to(kind), pytree.tree_map(_doubled, samples)
+                trial, samples = trial.to(kind), with_tensors(_doubled, samples)
             try:
                 expected = [_run(trial, sample) for sample in samples]
             except (RuntimeError, TypeError, ValueError):
@@ -363,9 +363,9 @@ def _run(model: nn.Module, sample: Any) -> list[Tensor]:
         return inputs.evaluate(model, sample)
 
 
-def _doubled(value: Any) -> Any:
-    """A floating-point tensor in float64; anything else unchanged."""
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _doubled(value: Tensor) -> Tensor:
+    """A floating-point tensor in float64; another one unchanged."""
+    return value.double() if value.is_floating_point() else value
 
 
 def _tolerance(outputs: list[Tensor]) -> float:

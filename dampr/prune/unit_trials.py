@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from . import inputs
 from .meta import OnMeta
@@ -24,6 +23,7 @@ from .open_norms import OpenNorm, close
 from .units import Units
 from .units.proof import cut, substitute
 from .units.sizes import Size, follow, set_number
+from .values import with_tensors
 
 _SCALES = (10.0, 100.0)  # masked and cut models are compared on example inputs times these too
 
@@ -248,11 +248,11 @@ def _precision(outputs: list[Tensor]) -> torch.dtype:
 def _scaled(example_inputs: Any, scale: float) -> Any:
     """The example inputs with every floating-point tensor multiplied by ``scale``."""
 
-    def grow(leaf: Any) -> Any:
-        """One leaf of the inputs, multiplied if it is a floating-point tensor."""
-        return leaf * scale if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+    def grow(leaf: Tensor) -> Tensor:
+        """A tensor of the inputs, multiplied if it is floating-point."""
+        return leaf * scale if leaf.is_floating_point() else leaf
 
-    return pytree.tree_map(grow, example_inputs)
+    return with_tensors(grow, example_inputs)
 
 
 def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None:

@@ -114,14 +114,14 @@ def _letters(a: Tensor, b: Tensor) -> tuple[tuple[str, str], str]:
     return (left, right), "".join(dict.fromkeys(left + right)).replace("k", "")
 
 
-@rules.rule("mm bmm mv dot vdot matmul")
+@rules.rule("mm bmm mv dot vdot matmul _sparse_mm")
 def _matrix(call: Call) -> Axes:
     """The rule of matrix products: units along the summed dimension meet, the others move to the result."""
     a, b = call.args[:2]
     return product(call, a, b, *_letters(a, b))
 
 
-@rules.rule("addmm addmv baddbmm _addmm_activation")
+@rules.rule("addmm addmv baddbmm _addmm_activation _sparse_addmm")
 def _matrix_with_bias(call: Call) -> Axes:
     """The rule of a matrix product that is added to a bias."""
     bias, a, b = call.args[:3]

@@ -409,29 +409,37 @@ def _glu(call: Call) -> Axes:
     return [narrow(a.narrow(dim, 0, tensor.shape[dim] // 2)) if a.shape[dim] > 1 else a for a in call.axes(tensor)]
 
 
-@rules.rule("index_put index_add index_copy")
+@rules.rule("index_put index_add index_copy index_reduce scatter scatter_add scatter_reduce")
 def _rows(call: Call) -> Axes | tuple[Axes, ...]:
-    """The rule of writing rows that data picks, such as ``x.index_add(0, index, value)``.
+    """The rule of writing rows that data picks (``x.index_add(0, index, value)``), or elements of each column
+    (``x.scatter_add(0, index, value)``).
 
     The units along the other dimensions of ``x`` and ``value`` meet. If units change along the picked dimension, or the
     index picks more than rows, the call counts as an unknown operator.
     """
-    tensor = call.args[0]
+    tensor, by_column = call.args[0], call.name.startswith("scatter")
     if call.name == "index_put":
         given = [d for d, index in enumerate(call.args[1]) if index is not None]
         dim, value = given[0], call.args[2]
         known = given == [0] and call.args[1][0].dim() == 1
     else:
-        dim, value, known = call.args[1] % tensor.dim(), call.args[3], True
+        dim, value, known = call.args[1] % tensor.dim(), call.args[3], isinstance(call.args[3], Tensor)
+    if by_column and known:
+        index = call.args[2]
+        call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
+        shapes = {tuple(n for d, n in enumerate(t.shape) if d != dim) for t in (tensor, index, value)}
+        known = len(shapes) == 1
+    if not known or value.dim() not in (0, tensor.dim()):
+        return rules.opaque(call)
     axes = call.axes(tensor) + call.axes(value)
-    if not known or value.dim() not in (0, tensor.dim()) or any(dim in varying(axis) for axis in axes):
+    if any(dim in varying(axis) for axis in axes):
         return rules.opaque(call)
     operands = [rules.operand(call, t) for t in (tensor, value) if t.dim()]
     rows = [(marks, [1 if d == dim else n for d, n in enumerate(size)]) for marks, size in filter(None, operands)]
     return call.ledger.meet([1 if d == dim else n for d, n in enumerate(tensor.shape)], rows, call)
 
 
-@rules.rule("scatter scatter_add masked_scatter slice_scatter select_scatter")
+@rules.rule("masked_scatter slice_scatter select_scatter")
 def _scattered(call: Call) -> Axes | tuple[Axes, ...]:
     """The rule of scatters: an unknown operator for tensors with units, and nothing for others."""
     return rules.opaque(call) if any(moving(marks.axes) for marks in call.marks if marks is not None) else []

@@ -8,6 +8,7 @@ opaque, and none of the units of its inputs may be cut.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ def parts_of(func: Any) -> Callable[..., Any] | None:
     Gradients that no rule is for, which models that compute forces call in their forward, are in torch's table of
     decompositions. It takes a second to load.
     """
+    if func._schema.name == "aten::_trilinear":
+        return _trilinear
     if func._can_decompose():
         found: Callable[..., Any] = func.decompose
         return found
@@ -60,6 +63,14 @@ def parts_of(func: Any) -> Callable[..., Any] | None:
     from torch._decomp import decomposition_table
 
     return decomposition_table.get(func)
+
+
+def _trilinear(
+    a: Tensor, weight: Tensor, b: Tensor, new_a: list[int], new_weight: list[int], new_b: list[int], over: list[int]
+) -> Tensor:
+    """What ``torch.nn.functional.bilinear`` computes: the sums of a product of three tensors, with new dimensions."""
+    product = functools.reduce(Tensor.unsqueeze, new_a, a) * functools.reduce(Tensor.unsqueeze, new_weight, weight)
+    return (product * functools.reduce(Tensor.unsqueeze, new_b, b)).sum(over)
 
 
 def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
@@ -146,6 +157,8 @@ def elementwise(call: Call) -> Axes:
 )
 def same(call: Call) -> Axes:
     """The rule of operators whose result has the units of the first argument."""
+    if call.name in ("zeros_like", "empty_like"):
+        call.tracer.blank.add(id(call.out))
     return call.axes(call.args[0])
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import hooks, inputs, meta
 from ..restore import as_it_was
+from ..values import with_tensors
 from . import rules
-from .axes import Axes, moving, narrow
+from .axes import Axes, moving, narrow, varying
 from .call import Call
 from .ledger import Ledger, Marks, Reason
 
@@ -71,7 +71,7 @@ def run(
         model.train(training)
         if fake:
             tracer.swap(model)
-            example_inputs = pytree.tree_map_only(Tensor, tracer.on_meta, example_inputs)
+            example_inputs = with_tensors(tracer.on_meta, example_inputs)
         for given in inputs.tensors(example_inputs):
             tracer.mark(given, Marks([]))
         stack.enter_context(hooks.removing(tracer.hooks(model)))
@@ -136,6 +136,7 @@ class Tracer(TorchDispatchMode):
     Attributes:
         ledger, training, fake, closed, alive, added, counts: as in :func:`run`.
         uniform: id of a constant tensor -> (tensor, whether it is 0), for constants with one value everywhere.
+        blank: ids of zeros whose shape is that of a tensor with units.
     """
 
     def __init__(self, ledger: Ledger, names: dict[nn.Module, str], training: bool) -> None:
@@ -146,6 +147,7 @@ class Tracer(TorchDispatchMode):
         self.alive: dict[int, tuple[float, float]] = {}
         self.added: set[int] = set()
         self.uniform: dict[int, tuple[Tensor, bool]] = {}
+        self.blank: set[int] = set()
         # the keys below are ids of tensors; the entries hold the tensors, so that no id is used twice
         self._even: dict[int, tuple[Tensor, set[int]]] = {}  # other constants; dimensions along which each is the same
         self._unwritten: set[int] = set()  # tensors from ``empty`` that nothing was written into yet
@@ -365,11 +367,14 @@ class Tracer(TorchDispatchMode):
         """Give the base of a view the units that were written into the view, and so on to the root.
 
         The view's operator, applied to the positions 0, 1, 2, ... of the base, tells which elements were written.
-        Tensors with several axes are not followed: their units are fixed.
+        An axis that was written takes the place of the one along the same dimensions. Units of axes that overlap
+        otherwise are fixed.
         """
         root = id(self._root(child))
         # Of memory with one value everywhere, what is never written has the units of what is written beside it.
-        first = root in self._unwritten or root in self.uniform
+        first = root in self._unwritten or root in self.uniform or root in self.blank
+        blank = root in self.blank
+        self.blank.discard(root)
         self._unwritten.discard(root)
         self.uniform.pop(root, None)
         while id(child) in self._views:
@@ -384,18 +389,23 @@ class Tracer(TorchDispatchMode):
             places = func(torch.arange(base.numel()).reshape(base.shape), *args[1:], **kwargs)
             places = places if isinstance(places, Tensor) else next((p for p in places if p.shape == child.shape), None)
             old = call.axes(base)
-            if places is None or len(axes) != 1 or len(old) > 1:
+            pairs = _paired(axes, old)
+            if places is None or pairs is None:
                 self.ledger.fix(axes + old, call.why("mixed", "its channels are written in place into a view"))
                 return
-            flat = (
-                torch.zeros(base.numel(), dtype=torch.int64)
-                if not old
-                else old[0].expand(base.shape).reshape(-1).clone()
-            )
-            if first:
-                flat.fill_(-1)
-            flat[places.reshape(-1)] = axes[0].expand(child.shape).reshape(-1)
-            self.mark(base, Marks(moving([narrow(_filled(flat.reshape(base.shape)))])))
+            made: Axes = []
+            for axis, under in pairs:
+                if axis is None:
+                    made += [under] if under is not None else []
+                    continue
+                size = base.numel()
+                flat = torch.zeros(size, dtype=torch.int64) if under is None else under.expand(base.shape).reshape(-1)
+                flat = torch.full_like(flat, -1) if first else flat.clone()
+                flat[places.reshape(-1)] = axis.expand(child.shape).reshape(-1)
+                made.append(narrow(_filled(flat.reshape(base.shape))))
+                if blank and under is not None and all(child.shape[d] == base.shape[d] for d in varying(axis)):
+                    self.ledger.unite(axis, under, call)  # the memory has its width from there
+            self.mark(base, Marks(moving(made)))
             child = base
 
 
@@ -414,6 +424,22 @@ def _view_of(func: Any) -> Any:
         if not view._schema.is_mutable and None not in returned and returned and arguments(view) == arguments(func):
             return view
     return None
+
+
+def _paired(axes: Axes, old: Axes) -> list[tuple[Tensor | None, Tensor | None]] | None:
+    """Pairs of an axis that is written into memory and the one there along the same dimensions.
+
+    None stands for no axis. A single axis may take the place of any other. Returns None if axes share some of their
+    dimensions, and not all.
+    """
+    if len(axes) == 1 and len(old) <= 1:
+        return [(axes[0], old[0] if old else None)]
+    for axis in axes:
+        if any(varying(axis) & varying(one) and varying(axis) != varying(one) for one in old):
+            return None
+    under = [next((one for one in old if varying(one) == varying(axis)), None) for axis in axes]
+    rest = [one for one in old if all(one is not other for other in under)]
+    return [*zip(axes, under, strict=True), *((None, one) for one in rest)]
 
 
 def _filled(axis: Tensor) -> Tensor:
