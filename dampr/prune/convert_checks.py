@@ -5,7 +5,7 @@ cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -71,8 +71,9 @@ def check_copies(model: nn.Module, example_inputs: Any) -> None:
     try:
         inputs.on_shapes(model, example_inputs, run)
     except Exception:
-        if not strangers.found:
-            run(inputs.copied(model, example_inputs), example_inputs)
+        with suppress(Exception):  # other checks say what is wrong with a model that cannot be copied
+            if not strangers.found:
+                run(inputs.copied(model, example_inputs), example_inputs)
     if strangers.found:
         raise ConversionError(
             f"a copy of {type(model).__name__} computes with {strangers.found!r} of the model itself, so its layers "

@@ -26,9 +26,9 @@ _PARTS: Any = "the ids of the modules that are copied"  # a key of memos, beside
 def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
     """``copy.deepcopy(module, memo)``, in which functions that hold parts of the module hold those of the copy.
 
-    Such a function is ``layer.forward = lambda x: 2 * old(x)``, or a hook. Numbers, names and the dozen empty dicts for
-    hooks of every module are copied here, which is fast. Other values, and modules that define how they are copied, are
-    left to ``copy.deepcopy``.
+    Such a function is ``layer.forward = lambda x: 2 * old(x)``, or a hook. What Python cannot copy, such as a lock, is
+    shared. Numbers, names and the dozen empty dicts for hooks of every module are copied here, which is fast. Other
+    values, and modules that define how they are copied, are left to ``copy.deepcopy``.
     """
     if id(module) in memo:
         return memo[id(module)]
@@ -90,9 +90,12 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
         return empty
     if kind is ReferenceType:
         return ref(_value(value(), memo)) if _holds_parts(value, memo[_PARTS], set()) else value
-    state = _state_of(value)
-    if state is None:
-        return copy.deepcopy(value, memo)
+    try:
+        state = _state_of(value)
+        if state is None:
+            return copy.deepcopy(value, memo)
+    except TypeError:  # Python cannot copy it: a lock, a file, a generator
+        return value
     memo[id(value)] = made = kind.__new__(kind)
     vars(made).update((name, _value(inner, memo)) for name, inner in state.items())
     return made

@@ -1,5 +1,6 @@
 """convert: the same function, the same parameters, or no change at all."""
 
+import threading
 import warnings
 
 import pytest
@@ -452,9 +453,23 @@ def test_a_view_of_heads_is_found_in_a_model_that_keeps_activations():
     assert sorted(dampr.prune.gated_layers(model)) == ["down", "up"]
 
 
-def test_a_model_that_cannot_be_copied_is_converted():
-    with pytest.warns(dampr.prune.SightWarning, match=r"^the operators of Keeping could not be followed \(TypeError: "):
-        model = dampr.convert(Keeping(other=(i for i in range(3))), example_inputs=X)
+@pytest.mark.parametrize("other", [(i for i in range(3)), threading.Lock(), [{"a": threading.Lock()}]])
+def test_a_model_that_holds_what_python_cannot_copy_is_converted(other):
+    model = dampr.convert(Keeping(other=other), example_inputs=X)
+    assert list(dampr.prune.gated_layers(model)) == ["up"]
+    model.up.gate.log_alpha.data[:4] = -9
+    small = dampr.compact(model, example_inputs=X)
+    assert small.up.out_features == 8
+    assert small.other is other or small.other[0]["a"] is other[0]["a"]
+
+
+def test_a_model_that_forbids_copies_is_converted_by_its_layers():
+    class Once(Keeping):
+        def __deepcopy__(self, memo):
+            raise TypeError("no copies")
+
+    with pytest.warns(dampr.prune.SightWarning, match=r"^the operators of Once could not be followed \(TypeError: "):
+        model = dampr.convert(Once(), example_inputs=X)
     assert list(dampr.prune.gated_layers(model)) == ["up"]
 
 
