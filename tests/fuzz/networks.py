@@ -6,7 +6,6 @@ own and a function that runs them, as code in a forward does.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -253,6 +252,58 @@ def repeated(draw: Draw, width: int) -> Built:
     return layers, lambda m, x: checkpoint(inner, m, x, use_reentrant=False), width
 
 
+def hooked(draw: Draw, width: int) -> Built:
+    """A layer with hooks that change what it reads or what it writes."""
+    out, layer = draw.choice((6, 8, 12)), nn.Linear(width, draw.choice((8, 10)))
+    change: Callable[[Tensor], Tensor] = draw.choice(
+        (lambda y: 1.5 * y, lambda y: y + 0.3, F.relu, lambda y: y - y.mean(-1, keepdim=True))
+    )
+    if draw.chance(0.5):
+        layer.register_forward_hook(lambda _, args, y: change(y))
+    else:
+        layer.register_forward_pre_hook(lambda _, args: (change(args[0]),))
+    layers: Layers = {"a": layer, "b": nn.Linear(layer.out_features, out)}
+    return layers, lambda m, x: m.b(torch.tanh(m.a(x))), out
+
+
+def given_a_forward(draw: Draw, width: int) -> Built:
+    """A layer whose forward is set on the object, with an attribute that code reads."""
+    out, layer = draw.choice((6, 8, 12)), nn.Linear(width, 8)
+    old, unused = layer.forward, draw.chance(0.3)
+    if not unused:
+        layer.forward = lambda x: 1.5 * old(x) + 0.2  # type: ignore[method-assign, assignment]
+    layer.gain = 2.0  # type: ignore[assignment]
+    layers: Layers = {"a": layer, "b": nn.Linear(8, out)}
+    return layers, lambda m, x: m.b(F.relu(m.a(x) * m.a.gain)), out
+
+
+def messages(draw: Draw, width: int) -> Built:
+    """Rows that are added up where an index says."""
+    out, reduce = draw.choice((6, 8)), draw.choice(("sum", "amax"))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x))
+        index = (torch.arange(x.shape[1]) * 2 % x.shape[1])[None, :, None].expand_as(y)
+        if reduce == "sum":
+            return torch.zeros_like(y).scatter_add(1, index, y)
+        return torch.zeros_like(y).scatter_reduce(1, index, y, "amax")
+
+    return {"a": nn.Linear(width, out)}, run, out
+
+
+def transformed(draw: Draw, width: int) -> Built:
+    """Low frequencies are mixed and written into zeros."""
+    out = draw.choice((6, 8))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        f = torch.fft.rfft(x, dim=1)
+        y = f.new_zeros(len(x), f.shape[1], m.w.shape[1])
+        y[:, :2] = torch.einsum("bkc,cdk->bkd", f[:, :2], m.w.to(f.dtype))
+        return torch.fft.irfft(y, n=x.shape[1], dim=1)
+
+    return {"w": nn.Parameter(torch.randn(width, out, 2, dtype=torch.cfloat) / 3)}, run, out
+
+
 def written(y: Tensor) -> Tensor:
     y = y.clone()
     y[:, 0] = y[:, 1]
@@ -362,6 +413,7 @@ def changed_image(draw: Draw, width: int) -> Built:
 
 
 SEQUENCE = (linear, linear, linear, over_time, over_time, depthwise, recurrent, norm, attention, torch_attention)
+SEQUENCE += (hooked, given_a_forward, messages, transformed)
 SEQUENCE += (derived, attended, listed, computed, encoded, stepped, crossed, repeated)
 SEQUENCE += (residual, residual, joined, halves, excited, twice, bare, changed, changed, changed, changed)
 IMAGE = (convolved, convolved, convolved, convolved, block, block, dense_block, squeezed, up, changed_image)
@@ -381,8 +433,16 @@ class Network(nn.Module):
             width = out
         self.steps, self.head = nn.Sequential(*steps), nn.Linear(width, 3)
         self.image, self.end = image, draw.choice(("mean", "all", "last"))
+        self.of_gradients = draw.chance(0.1)
 
     def forward(self, x: Tensor) -> Any:
+        if not self.of_gradients:
+            return self.outputs(x)
+        with torch.enable_grad():  # as models do that compute forces
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.outputs(x).sum(), x, create_graph=True)[0]
+
+    def outputs(self, x: Tensor) -> Any:
         y = self.steps(x)
         if self.image:
             return self.head(y.mean((2, 3)))
@@ -421,7 +481,7 @@ def networks(draw: Draw) -> str | None:
         return f"{said}: convert changed the outputs"
     trained(model, draw.torch)
     for share in (0.0, 0.5, draw.random()):
-        complaint = cut(copy.deepcopy(model).double(), x.double(), share, draw.torch)
+        complaint = cut(inputs.copied(model).double(), x.double(), share, draw.torch)
         if complaint:
             return f"{said}: {complaint}, with {share:.0%} of the gates closed"
     return None
