@@ -34,13 +34,16 @@ def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
         return memo[id(module)]
     if _PARTS not in memo:
         memo[_PARTS] = {id(part) for part in module.modules()}
-    kind = type(module)
-    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__:
+    parts: Any = None if hasattr(type(module), "__deepcopy__") else module.__reduce_ex__(4)
+    # (constructor, its arguments, state, items of a list, items of a dict)
+    if (
+        type(parts) is not tuple
+        or len(parts) < 3
+        or type(parts[2]) is not dict
+        or any(p is not None for p in parts[3:])
+    ):
         return copy.deepcopy(module, memo)
-    parts: Any = module.__reduce_ex__(4)  # (constructor, its arguments, state, items of a list, items of a dict)
-    if parts[:2] != (_MAKE, (kind,)) or type(parts[2]) is not dict or any(part is not None for part in parts[3:]):
-        return copy.deepcopy(module, memo)
-    memo[id(module)] = made = kind.__new__(kind)
+    memo[id(module)] = made = parts[0](*(_value(one, memo) for one in parts[1]))
     state: dict[str, Any] = {}
     for name, value in parts[2].items():
         kept = type(value)

@@ -40,6 +40,13 @@ def around_the_old_one(model: nn.Sequential) -> None:
     model[0].forward = lambda x: 2 * old(x) + 1  # type: ignore[method-assign]
 
 
+def around_both(model: nn.Sequential) -> None:
+    """The second reads units of the first, so its own weight has gates."""
+    first, second = model[0].forward, model[3].forward
+    model[0].forward = lambda x: 2 * first(x)  # type: ignore[method-assign]
+    model[3].forward = lambda x: second(x) - 0.5  # type: ignore[method-assign]
+
+
 def as_accelerate_does(model: nn.Sequential) -> None:
     def new(module: Any, *args: Any) -> Tensor:
         y: Tensor = module.old(*args) * 3
@@ -70,7 +77,16 @@ def with_a_scale_beside(model: nn.Sequential) -> None:
     model[0].forward = lambda x: old(x) * model[0].scale  # type: ignore[method-assign]
 
 
-WAYS = [as_a_method, around_the_old_one, as_accelerate_does, of_a_norm, of_a_relu, of_the_model, with_a_scale_beside]
+WAYS = [
+    as_a_method,
+    around_the_old_one,
+    around_both,
+    as_accelerate_does,
+    of_a_norm,
+    of_a_relu,
+    of_the_model,
+    with_a_scale_beside,
+]
 
 
 @pytest.mark.parametrize("change", WAYS)
