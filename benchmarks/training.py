@@ -33,7 +33,8 @@ from dampr.prune.measure import count_macs
 
 RESULTS = ROOT / "benchmarks" / "results" / "training"
 DOCUMENT, CHART = ROOT / "docs" / "training_time.md", ROOT / "docs" / "plots" / "training-time.png"
-SHARES = {"lenet5": 0.15, "vgg": 0.25, "resnet20": 0.25, "gru": 0.25, "transformer": 0.5, "transformer_long": 0.5}
+SHARES = {"lenet5": 0.15, "vgg": 0.25, "resnet20": 0.25, "gru": 0.25}
+SHARES |= dict.fromkeys(("transformer_warm", "transformer_warm_long", "transformer", "transformer_long"), 0.5)
 METHODS: dict[str, Callable[[Setup], Method]] = {
     "dense": QUALITY["dense"],
     "narrow": QUALITY["narrow"],
