@@ -18,7 +18,8 @@ from . import noise
 def as_it_was(model: nn.Module, parameters: bool = False, swapped: bool = False) -> Iterator[None]:
     """After the block, restore the attributes of modules, the values of buffers, and the states of random generators.
 
-    Random numbers that the model draws in the block are the same in every such block.
+    Random numbers that the model draws in the block are the same in every such block. A module that makes layers or
+    parameters in its first call, once their sizes are known, keeps them.
 
     Args:
         model: the model.
@@ -36,6 +37,8 @@ def as_it_was(model: nn.Module, parameters: bool = False, swapped: bool = False)
             yield
     finally:
         for module, had, containers in attributes:
+            if not swapped and _has_grown(module, containers):
+                continue
             vars(module).clear()
             vars(module).update(had)
             for container, content in containers:
@@ -47,6 +50,12 @@ def as_it_was(model: nn.Module, parameters: bool = False, swapped: bool = False)
                 # Batch norms write without a count of it, and writing counts against graphs that hold the tensor.
                 if not tensor.is_meta and not torch.equal(tensor, value):
                     tensor.copy_(value)
+
+
+def _has_grown(module: nn.Module, containers: list[tuple[Any, Any]]) -> bool:
+    """Whether a module has got layers or parameters since its containers were copied."""
+    before = {id(container): content or {} for container, content in containers}
+    return any(held.keys() - before.get(id(held), held).keys() for held in (module._modules, module._parameters))
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -168,6 +168,31 @@ def test_a_model_that_writes_into_itself_is_as_it_was() -> None:
     assert budget.total > 0
 
 
+class Built(nn.Module):
+    """A model that makes a layer in its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.ready = nn.Linear(8, 16), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first(x))
+        if not self.ready:
+            self.head, self.ready = nn.Linear(h.shape[1], 4), True
+        y: Tensor = self.head(h)
+        return y
+
+
+def test_layers_that_a_model_makes_in_its_first_call_stay_and_are_pruned() -> None:
+    model, x = Built(), torch.randn(4, 8)
+    dampr.convert(model, example_inputs=x)
+    head = model.head
+    model(x)
+    assert model.head is head
+    small = dampr.compact(halved(model), example_inputs=x)
+    assert (small.first.out_features, small.head.in_features) == (8, 8)
+
+
 LAYERS = {"first": nn.Linear(8, 16), "head": nn.Linear(16, 4)}
 
 
