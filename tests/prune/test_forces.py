@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import dampr
-from dampr.gates import Fixed
-from dampr.prune import inputs
-from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs
-from dampr.prune.summary import distinct_gates
+from tests.halves import assert_exact
 
 
 class Force(nn.Module):
@@ -87,15 +84,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 def test_a_model_of_gradients_is_cut_as_it_is_masked_and_costs_what_was_foretold(name: str) -> None:
     torch.manual_seed(0)
     model, x = NETWORKS[name]()
-    model = dampr.convert(model.eval(), example_inputs=x)
-    for gate in distinct_gates(model).values():
-        keep = torch.arange(gate.num_gates) % 2 == 0
-        inputs.replace(model, {gate: Fixed(keep.to(gate.deterministic()))})
-    cost = Cost(model, x, "macs")
-    expected, small = inputs.evaluate(model, x), dampr.compact(model, example_inputs=x)
-    for found, wanted in zip(inputs.evaluate(small, x), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert count_macs(small, x) == float(cost(cost.decision())) < cost.total
+    assert_exact(model, x)
 
 
 def test_a_potential_is_pruned_while_it_learns_forces() -> None:

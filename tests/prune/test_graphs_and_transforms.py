@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dampr
-from dampr.gates import Fixed
-from dampr.prune import inputs, values
-from dampr.prune.cost import Cost
-from dampr.prune.measure import count_macs
+from dampr.prune import values
 from dampr.prune.summary import distinct_gates
+from tests.halves import assert_exact
 
 
 def edges() -> Tensor:
@@ -173,15 +171,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 def test_it_is_cut_as_it_is_masked_and_costs_what_was_foretold(name: str) -> None:
     torch.manual_seed(0)
     model, x = NETWORKS[name]()
-    model = dampr.convert(model.eval(), example_inputs=x)
-    for gate in distinct_gates(model).values():
-        keep = torch.arange(gate.num_gates) % 2 == 0
-        inputs.replace(model, {gate: Fixed(keep.to(gate.deterministic()))})
-    cost = Cost(model, x, "macs")
-    expected, small = inputs.evaluate(model, x), dampr.compact(model, example_inputs=x)
-    for found, wanted in zip(inputs.evaluate(small, x), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert count_macs(small, x) == float(cost(cost.decision())) < 0.9 * cost.total
+    assert_exact(model, x, at_most=0.9)
 
 
 def test_every_width_of_a_fourier_network_can_go() -> None:
