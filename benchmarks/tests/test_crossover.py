@@ -10,8 +10,7 @@ from benchmarks import crossover, run
 from dampr.bench.linear import Case, Point
 from dampr.kernels import configs, dispatch
 from dampr.testing import verify
-
-needs_cpp = pytest.mark.skipif(dampr.backend_info()["cpp"].startswith("missing"), reason=dampr.backend_info()["cpp"])
+from tests.backends import needs_cpp
 
 
 @pytest.fixture
@@ -42,6 +41,7 @@ def test_the_reference_has_no_routes_to_compare():
         assert crossover.routes_of(Case((4, 8, 8), "output"), "cpu") == []
 
 
+@needs_cpp
 def test_the_stage_writes_its_points(small, monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "passes", lambda *ops: True)
     assert run.main(["crossover", "--rounds", "2", "--out", str(tmp_path)]) == 0

@@ -18,8 +18,8 @@ from dampr import functional, philox, reference
 from dampr.nn import GatedConv1d, GatedConv2d, GatedConv3d
 from dampr.spec import hard_concrete, value
 from dampr.testing import compare
+from tests.backends import ON_CPU
 
-BACKENDS = [name for name in ("reference", "cpp") if not dampr.backend_info()[name].startswith("missing")]
 ARGUMENTS: list[dict[str, Any]] = [
     {},
     {"stride": 2, "padding": 1},
@@ -82,7 +82,7 @@ def placements(groups: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
 def test_values_and_every_gradient_match_float64(backend: str, dtype: torch.dtype, arguments: dict[str, Any]) -> None:
@@ -288,11 +288,11 @@ def test_the_gradient_of_a_gate_is_right_by_finite_differences() -> None:
 def test_routes_of_a_convolution_and_what_they_compute() -> None:
     layer, x = GatedConv2d(8, 6, 1), torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     results = []
-    for route in ("fold", "linear", *["live"] * ("cpp" in BACKENDS)):
+    for route in ("fold", "linear", *["live"] * ("cpp" in ON_CPU)):
         torch.manual_seed(3)
         layer.zero_grad()
         with dampr.ops.forced_route(route):
-            if "cpp" in BACKENDS:
+            if "cpp" in ON_CPU:
                 assert dampr.explain(layer, x).route == route
             y = layer(x)
             y.square().sum().backward()
@@ -305,7 +305,7 @@ def test_routes_of_a_convolution_and_what_they_compute() -> None:
     assert dampr.explain(GatedConv2d(8, 6, 1, per_sample=True).eval(), x).route == "fold"
 
 
-@pytest.mark.skipif("cpp" not in BACKENDS, reason="needs the extension")
+@pytest.mark.skipif("cpp" not in ON_CPU, reason="needs the extension")
 def test_a_route_that_cannot_serve_is_refused() -> None:
     for layer, route in (
         (GatedConv2d(2, 2, 3), "linear"),
@@ -322,7 +322,7 @@ def golden() -> dict[str, Any]:
     return cases
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_golden_convolution_case(golden: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
     """Evaluation outputs and the penalty (lambda of the bias with its right sign) of the published convolution,
@@ -340,7 +340,7 @@ def test_golden_convolution_case(golden: dict[str, Any], backend: str, dtype: to
     assert penalty.item() == pytest.approx(case["reg_corrected_bias_sign"], abs=bound)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_golden_convolution_in_training_gates_the_bias(golden: dict[str, Any], backend: str) -> None:
     """z (conv + b) with the golden gates as they are: parameters that the value family passes through."""
     case = golden["l0_hc"]["conv_case"]

@@ -24,6 +24,7 @@ from dampr.nn import (
 from dampr.prune import inputs
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs
+from tests.backends import ON_CPU
 
 KINDS = {
     GatedConvTranspose1d: (nn.ConvTranspose1d, (7,)),
@@ -86,7 +87,7 @@ def test_closed_gates_are_zero_rows_of_the_dense_layer(kind: Any, granularity: s
 @every_kind
 @every_granularity
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gradients_of_a_draw(kind: Any, granularity: str, per_sample: bool, backend: str) -> None:
     torch.manual_seed(0)
     _, size = KINDS[kind]

@@ -14,8 +14,8 @@ import dampr
 from dampr import gates, ops, reference
 from dampr.ops.dependency_generator import fused
 from dampr.testing import assert_close
+from tests.backends import ON_CPU, needs_cpp
 
-BACKENDS = ["reference", "cpp"]
 LIMIT = math.log(100.0)
 WIDTHS = [(1, 1), (3, 5), (5, 7, 3), (17, 64, 15, 1, 130), (20, 20, 50, 500), (16, *[16] * 10, *[32] * 9, *[64] * 9)]
 
@@ -42,7 +42,7 @@ def by_op(tensors, upstream):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_matches_float64(backend, widths, dtype):
     # Random weights of scale 0.5 keep a deep chain from doubling its rounding errors in every layer.
     tensors, upstream = parameters(widths, dtype, 0.2), torch.randn(sum(widths[1:]), dtype=dtype)
@@ -57,7 +57,7 @@ def test_matches_float64(backend, widths, dtype):
             assert_close(name, got, exact, plain)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_opcheck(backend):
     tensors = parameters((3, 5, 4))
     with dampr.backend(backend):
@@ -66,7 +66,7 @@ def test_opcheck(backend):
         torch.library.opcheck(torch.ops.dampr.dependency_generator_bwd.default, (tensors, values, upstream, LIMIT))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gradients_by_finite_differences(backend, monkeypatch):
     leaves = [t.requires_grad_() for t in parameters((3, 5, 2, 4), torch.float64)]
     with dampr.backend(backend):
@@ -75,7 +75,7 @@ def test_gradients_by_finite_differences(backend, monkeypatch):
         torch.autograd.gradcheck(lambda *p: torch.cat(ops.dependency_generator(p, LIMIT)), leaves)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_only_what_learns_has_a_gradient_and_layouts_do_not_matter(backend, monkeypatch):
     with dampr.backend(backend):
         monkeypatch.setattr(ops.select(torch.device("cpu"), torch.float32), "GENERATOR_PARAMETERS", 1000)
@@ -91,9 +91,8 @@ def test_only_what_learns_has_a_gradient_and_layouts_do_not_matter(backend, monk
             torch.testing.assert_close(p.grad, g.view(p.shape))
 
 
+@needs_cpp
 def test_a_small_generator_is_one_call_and_what_torch_must_see_is_not(monkeypatch):
-    if dampr.backend_info()["cpp"].startswith("missing"):
-        pytest.skip(dampr.backend_info()["cpp"])
     tensors = parameters((6, 9, 4))
     backend = ops.select(torch.device("cpu"), torch.float32)
     assert fused(tensors)

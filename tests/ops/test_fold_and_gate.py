@@ -12,8 +12,8 @@ from dampr import functional, ops, reference
 from dampr.ops import GateArgs, GatePair
 from dampr.spec import hard_concrete
 from dampr.testing import compare
+from tests.backends import ON_CPU
 
-BACKENDS = [name for name in ("reference", "cpp") if not dampr.backend_info()[name].startswith("missing")]
 SPEC, SEED = hard_concrete(), torch.tensor([2**62 + 5])
 SHAPES = [
     ((5, 7), 1),
@@ -34,7 +34,7 @@ def layouts_of(x: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -66,7 +66,7 @@ def test_gated_activations_match_float64(backend, dtype, shape, dim, per_sample)
             assert result.ok, str(result)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("where", ["input", "output", "both"])
 def test_folding_is_an_operator(backend, where) -> None:
     weight, bias = torch.randn(6, 8), torch.randn(6)
@@ -95,7 +95,7 @@ def test_folding_is_an_operator(backend, where) -> None:
                 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gradients_by_finite_differences(backend) -> None:
     weight, bias, gate = torch.randn(4, 6).double(), torch.randn(4).double(), torch.randn(4).double() * 0.3
     with dampr.backend(backend):
@@ -121,7 +121,7 @@ def test_the_fold_keeps_nothing_but_its_inputs() -> None:
     assert {t.data_ptr() for t in kept} == {weight.data_ptr(), gate.data_ptr(), SEED.data_ptr()}
 
 
-@pytest.mark.skipif("cpp" not in BACKENDS, reason="needs the extension")
+@pytest.mark.skipif("cpp" not in ON_CPU, reason="needs the extension")
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     x, gate, dy = torch.randn(40, 64, 14, 14), torch.randn(64), torch.randn(40, 64, 14, 14)
     before, found = torch.get_num_threads(), []
