@@ -46,8 +46,9 @@ def share(old: nn.Module, new: nn.Module, *, of_states: bool = True) -> None:
 
 
 def copy(old: nn.Module, new: nn.Module) -> None:
-    """Give ``new`` and its parts the users' hooks of ``old`` and of its parts of the same names, where they have hooks
-    of their own yet.
+    """Give ``new`` the users' hooks of ``old``, and each part of ``new`` those of the part of the same name.
+
+    Handles of these hooks remove them from ``old`` alone.
     """
     parts = dict(new.named_modules())
     for name, former in old.named_modules():
