@@ -208,8 +208,8 @@ What test accuracy each way to prune leaves, at the same multiply-accumulates.
 `python -m benchmarks.quality table` writes this page from their records.
 
 - A tenth of the training images, the same in every run, validates.
-  The learning rate of a task (by the dense network) and the setting of a Torch-Pruning pruner (the best of three
-  at seed 0) are chosen on it; nothing is chosen on test images.
+  The learning rate of a task, its warm-up for transformers (both by the dense network), and the setting of a
+  Torch-Pruning pruner (the best of three at seed 0) are chosen on it; nothing is chosen on test images.
 - All methods of a task share one loop: Adam (AdamW for the transformer), a cosine to zero over the whole run,
   the same batches for a seed.
 - Methods that cut train the dense network for 40 % of the steps, are cut, and go on with a new optimizer.

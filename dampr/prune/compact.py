@@ -67,9 +67,8 @@ def compact(
 
     Returns: a new model of plain ``torch.nn`` layers (where these have no form for what is left, of the plain ones of
     ``dampr.nn``, such as :class:`dampr.nn.PrunedMultiheadAttention`), in the training mode of ``model`` and with the
-    hooks of its layers. Its attribute
-    ``dampr_manifest`` (plain data) lists the kept indices of each layer and bare parameter, and why a closed unit could
-    not be cut.
+    hooks of its layers. Its attribute ``dampr_manifest`` (plain data) lists the kept indices of each layer and bare
+    parameter, and why a closed unit could not be cut.
 
     Raises: CompactionError naming the first layer that differs; ValueError for an optimizer whose state cannot be cut,
     or that has no parameter of the model; TypeError or ValueError that names the argument.

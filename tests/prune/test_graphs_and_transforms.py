@@ -132,6 +132,21 @@ class Fourier(nn.Module):
         return y
 
 
+class Half(nn.Module):
+    """Writes the first half of its channels into zeros that have all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first(x))
+        y, half = torch.zeros_like(h), h.shape[1] // 2
+        y[:, :half] = h[:, :half]
+        z: Tensor = self.head(y + h)
+        return z
+
+
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -158,6 +173,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "a sparse matrix": lambda: (Sparse(), torch.randn(4, 8)),
     "a dataclass": lambda: (OfObjects(), Graph(torch.randn(4, 8), edges())),
     "an object": lambda: (OfObjects(), (Plain(torch.randn(4, 8), edges()),)),
+    "a half, into zeros": lambda: (Half(), torch.randn(4, 8)),
     "bilinear": lambda: (Pair(), torch.randn(4, 8)),
     "complex weights": lambda: (Complex(), torch.randn(4, 8)),
     "frequencies": lambda: (Fourier(1), torch.randn(2, 3, 16)),

@@ -119,6 +119,13 @@ def test_hooks_that_observe_see_what_their_owner_runs_and_stay() -> None:
     assert len(seen) == 2
 
 
+def test_a_hook_in_a_fused_encoder_layer_observes() -> None:
+    model, x, seen = Encoder().eval(), torch.randn(2, 5, 6), list[int]()
+    model.layer.linear1.register_forward_hook(lambda *_: seen.append(1))
+    dampr.convert(model, example_inputs=x)
+    assert len(seen) == 1
+
+
 def test_hooks_of_a_compacted_model_are_its_own() -> None:
     model, x, seen = plain(), torch.randn(4, 8), list[int]()
     dampr.convert(model, example_inputs=x)

@@ -167,7 +167,8 @@ class Holder(nn.Module):
         self.again = again
 
     def forward(self, x: Tensor) -> Tensor:
-        more: Any = [self.listed[0], self.listed[1]["in a dict"][0], self.behind.held["f"], self.weak()]  # type: ignore[index]
+        listed: Any = self.listed
+        more: Any = [listed[0], listed[1]["in a dict"][0], self.behind.held["f"], self.weak()]
         return torch.stack([f(x) for f in (self.direct, self.nested, self.partial, self.again, *more)])
 
 

@@ -372,8 +372,7 @@ class Tracer(TorchDispatchMode):
         """
         root = id(self._root(child))
         # Of memory with one value everywhere, what is never written has the units of what is written beside it.
-        first = root in self._unwritten or root in self.uniform or root in self.blank
-        blank = root in self.blank
+        first, blank = root in self._unwritten or root in self.uniform, root in self.blank
         self.blank.discard(root)
         self._unwritten.discard(root)
         self.uniform.pop(root, None)
@@ -398,13 +397,17 @@ class Tracer(TorchDispatchMode):
                 if axis is None:
                     made += [under] if under is not None else []
                     continue
-                size = base.numel()
-                flat = torch.zeros(size, dtype=torch.int64) if under is None else under.expand(base.shape).reshape(-1)
-                flat = torch.full_like(flat, -1) if first else flat.clone()
+                whole = all(child.shape[d] == base.shape[d] for d in varying(axis))
+                if blank and whole and under is not None:
+                    self.ledger.unite(axis, under, call)  # the memory has its width from there
+                if first or (blank and (whole or under is None)):
+                    flat = torch.full((base.numel(),), -1)
+                elif under is None:
+                    flat = torch.zeros(base.numel(), dtype=torch.int64)
+                else:
+                    flat = under.expand(base.shape).reshape(-1).clone()
                 flat[places.reshape(-1)] = axis.expand(child.shape).reshape(-1)
                 made.append(narrow(_filled(flat.reshape(base.shape))))
-                if blank and under is not None and all(child.shape[d] == base.shape[d] for d in varying(axis)):
-                    self.ledger.unite(axis, under, call)  # the memory has its width from there
             self.mark(base, Marks(moving(made)))
             child = base
 
