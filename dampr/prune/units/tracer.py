@@ -136,7 +136,6 @@ class Tracer(TorchDispatchMode):
     Attributes:
         ledger, training, fake, closed, alive, added, counts: as in :func:`run`.
         uniform: id of a constant tensor -> (tensor, whether it is 0), for constants with one value everywhere.
-        blank: ids of zeros whose shape is that of a tensor with units.
     """
 
     def __init__(self, ledger: Ledger, names: dict[nn.Module, str], training: bool) -> None:
@@ -147,7 +146,6 @@ class Tracer(TorchDispatchMode):
         self.alive: dict[int, tuple[float, float]] = {}
         self.added: set[int] = set()
         self.uniform: dict[int, tuple[Tensor, bool]] = {}
-        self.blank: set[int] = set()
         # the keys below are ids of tensors; the entries hold the tensors, so that no id is used twice
         self._even: dict[int, tuple[Tensor, set[int]]] = {}  # other constants; dimensions along which each is the same
         self._unwritten: set[int] = set()  # tensors from ``empty`` that nothing was written into yet
@@ -372,8 +370,7 @@ class Tracer(TorchDispatchMode):
         """
         root = id(self._root(child))
         # Of memory with one value everywhere, what is never written has the units of what is written beside it.
-        first, blank = root in self._unwritten or root in self.uniform, root in self.blank
-        self.blank.discard(root)
+        first = root in self._unwritten or root in self.uniform
         self._unwritten.discard(root)
         self.uniform.pop(root, None)
         while id(child) in self._views:
@@ -397,10 +394,12 @@ class Tracer(TorchDispatchMode):
                 if axis is None:
                     made += [under] if under is not None else []
                     continue
-                whole = all(child.shape[d] == base.shape[d] for d in varying(axis))
-                if blank and whole and under is not None:
-                    self.ledger.unite(axis, under, call)  # the memory has its width from there
-                if first or (blank and (whole or under is None)):
+                alike = under is not None and varying(under) == varying(axis)
+                if under is not None and alike and all(child.shape[d] == base.shape[d] for d in varying(axis)):
+                    made.append(torch.where(under == 0, axis, under))
+                    self.ledger.unite(axis, made[-1], call)  # one width, whether its rows are written or not
+                    continue
+                if first:
                     flat = torch.full((base.numel(),), -1)
                 elif under is None:
                     flat = torch.zeros(base.numel(), dtype=torch.int64)
