@@ -229,6 +229,9 @@ def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
         kinds[1:1] = [
             [size for size in sizes if "head" in size.attribute],
             [size for size in sizes if "head" not in size.attribute],
+            # layers one after the other of one class, with one width: what one writes the next reads
+            [size for size in sizes if subject.units.is_row(size.parameter, size.dim)],
+            [size for size in sizes if not subject.units.is_row(size.parameter, size.dim)],
         ]
         # one or two of the attributes may belong to other widths of the same size
         attributes = list(dict.fromkeys(size.attribute for size in sizes))

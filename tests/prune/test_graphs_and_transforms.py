@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -147,6 +147,22 @@ class Half(nn.Module):
         return z
 
 
+class Turned(nn.Module):
+    """Writes rows into a view with other dimensions than the memory has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        memory = torch.zeros(2, 6, h.shape[1])
+        memory.view(12, -1)[:4] = h
+        memory.transpose(0, 1)[3:, 1] = h[:3]
+        y: Tensor = self.head(memory.flatten(0, 1))
+        return y
+
+
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -174,6 +190,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "a dataclass": lambda: (OfObjects(), Graph(torch.randn(4, 8), edges())),
     "an object": lambda: (OfObjects(), (Plain(torch.randn(4, 8), edges()),)),
     "a half, into zeros": lambda: (Half(), torch.randn(4, 8)),
+    "rows, into views of other shapes": lambda: (Turned(), torch.randn(4, 8)),
     "bilinear": lambda: (Pair(), torch.randn(4, 8)),
     "complex weights": lambda: (Complex(), torch.randn(4, 8)),
     "frequencies": lambda: (Fourier(1), torch.randn(2, 3, 16)),
@@ -190,9 +207,12 @@ def test_it_is_cut_as_it_is_masked_and_costs_what_was_foretold(name: str) -> Non
     assert_exact(model, x, at_most=0.9)
 
 
-def test_every_width_of_a_fourier_network_can_go() -> None:
-    model = dampr.convert(Fourier(2).eval(), example_inputs=torch.randn(2, 3, 8, 8))
-    assert sorted(gate.num_gates for gate in distinct_gates(model).values()) == [8, 12]
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize(("like", "widths"), [(False, [8, 8, 8, 12]), (True, [8, 12])])
+def test_every_width_of_a_fourier_network_can_go(dims: int, like: bool, widths: list[int]) -> None:
+    model = dampr.convert(Fourier(dims, like).eval(), example_inputs=torch.randn(2, 3, *(8,) * dims))
+    assert sorted(gate.num_gates for gate in distinct_gates(model).values()) == widths
+    assert set(cast(Any, model).dampr_skipped) == {"head"}
 
 
 def test_tensors_in_objects_are_replaced_in_copies() -> None:

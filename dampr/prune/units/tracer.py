@@ -385,28 +385,20 @@ class Tracer(TorchDispatchMode):
             places = func(torch.arange(base.numel()).reshape(base.shape), *args[1:], **kwargs)
             places = places if isinstance(places, Tensor) else next((p for p in places if p.shape == child.shape), None)
             old = call.axes(base)
-            pairs = _paired(axes, old)
+            written = [_written(axis, places, base) for axis in axes] if places is not None else []
+            pairs = _paired(written, old)
             if places is None or pairs is None:
                 self.ledger.fix(axes + old, call.why("mixed", "its channels are written in place into a view"))
                 return
             made: Axes = []
             for axis, under in pairs:
-                if axis is None:
-                    made += [under] if under is not None else []
-                    continue
-                alike = under is not None and varying(under) == varying(axis)
-                if under is not None and alike and all(child.shape[d] == base.shape[d] for d in varying(axis)):
+                if axis is None or under is None:
+                    made += [one.clamp(min=0) for one in (axis, under) if one is not None]
+                elif varying(axis) == varying(under) and bool((axis >= 0).all()):
                     made.append(torch.where(under == 0, axis, under))
                     self.ledger.unite(axis, made[-1], call)  # one width, whether its rows are written or not
-                    continue
-                if first:
-                    flat = torch.full((base.numel(),), -1)
-                elif under is None:
-                    flat = torch.zeros(base.numel(), dtype=torch.int64)
                 else:
-                    flat = under.expand(base.shape).reshape(-1).clone()
-                flat[places.reshape(-1)] = axis.expand(child.shape).reshape(-1)
-                made.append(narrow(_filled(flat.reshape(base.shape))))
+                    made.append(axis.clamp(min=0) if first else narrow(torch.where(axis < 0, under, axis)))
             self.mark(base, Marks(moving(made)))
             child = base
 
@@ -444,17 +436,19 @@ def _paired(axes: Axes, old: Axes) -> list[tuple[Tensor | None, Tensor | None]] 
     return [*zip(axes, under, strict=True), *((None, one) for one in rest)]
 
 
-def _filled(axis: Tensor) -> Tensor:
-    """The axis with -1, which stands for elements without a value yet, replaced.
+def _written(axis: Tensor, places: Tensor, base: Tensor) -> Tensor:
+    """An axis of a view as an axis of its base, with -1 for the units of elements that the view does not hold.
 
-    Along a dimension in which all written elements belong to one unit, the unwritten ones get that unit too: nothing
-    can read them before they are written. Elsewhere they get 0.
+    Along a dimension in which all elements of the view belong to one unit, the others count as that unit's too.
     """
-    for dim in range(axis.dim()):
-        most = axis.amax(dim, keepdim=True)
-        if bool(((axis == most) | (axis < 0)).all()):
-            axis = most.expand(axis.shape)
-    return axis.clamp(min=0)
+    flat = torch.full((base.numel(),), -1)
+    flat[places.reshape(-1)] = axis.expand(places.shape).reshape(-1)
+    whole = flat.reshape(base.shape)
+    for dim in range(whole.dim()):
+        most = whole.amax(dim, keepdim=True)
+        if bool(((whole == most) | (whole < 0)).all()):
+            whole = most
+    return narrow(whole)
 
 
 def _checked(name: str, axes: Axes, out: Tensor) -> Axes:
