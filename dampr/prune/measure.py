@@ -24,7 +24,19 @@ def _recurrent_flops(x: torch.Size, *weights: Any, **_: Any) -> int:
     return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in matrices if shape is not None and len(shape) == 2)
 
 
-_RECURRENT = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops, torch.ops.aten._cudnn_rnn: _recurrent_flops}
+def _grouped_flops(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """Two FLOPs for each multiply-accumulate of a product of groups of rows, each with a matrix of its own: groups
+    share the rows (of ``a``), the columns (of ``b``) or what is summed over.
+    """
+    return 2 * a[-2] * a[-1] * b[-1] * (a[0] if len(a) == len(b) == 3 else 1)
+
+
+_COUNTED = {
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
+    torch.ops.aten._cudnn_rnn: _recurrent_flops,
+    torch.ops.aten._grouped_mm: _grouped_flops,
+}
+"""Operators that torch's counter leaves out."""
 
 
 def count_params(model: nn.Module) -> int:
@@ -51,7 +63,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 def count_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Multiply-accumulates of one call, counted like :func:`count_macs`."""
-    counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+    counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with _Einsums(counter) as einsums:
         _count(counter, function, *args, **kwargs)
@@ -113,7 +125,7 @@ def macs_beside_layers(model: nn.Module, example_inputs: Any, names: Iterable[st
     attention these are its scores and the weighted sums of values.
     """
     with as_it_was(model), inputs.evaluating(model), inputs.frozen(model), torch.no_grad():
-        counter = FlopCounterMode(display=False, custom_mapping=_RECURRENT)
+        counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
         _count(counter, inputs.call, model, example_inputs)
     counts = counter.get_flop_counts()
     root = type(model).__name__

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .tracer import Tracer
 
 _NOT_USER_CODE = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-_COUNTED = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_convolution", "conv2d", "convolution_backward"}
+_COUNTED = {
+    *("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"),
+    *("convolution", "_convolution", "conv2d", "convolution_backward"),
+}
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: str) -> Axes:
     """The axes of ``einsum(f"{letters[0]},{letters[1]}->{result}", a, b)``, where "k" is the contracted dimension.
 
+    Along "g", data decides which element takes part in a product: its units are fixed.
+
     Units of both factors along "k" become one and are recorded as read by a weight, as a norm of weights (both factors
     are weights), or as summed (no factor is a weight). Units that meet constants along "k" are fixed, unless the
     constants are the same everywhere. In a trace with closed units, values that these have along "k" are noted.
@@ -48,7 +50,7 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
         call.probe_pair([(t, call.axes(t), own.index("k")) for t, own in ((a, letters[0]), (b, letters[1]))])
     order = result + "".join(sorted(set("".join(letters)) - set(result)))
     sizes = {
-        letter: n
+        letter: 1 if letter == "g" else n
         for tensor, own in ((a, letters[0]), (b, letters[1]))
         for letter, n in zip(own, tensor.shape, strict=True)
     }
@@ -58,7 +60,7 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
     for tensor, own in ((a, letters[0]), (b, letters[1])):
         marks = call.of(tensor)
         if marks is not None:
-            axes = [_in_order(axis, own, order) for axis in marks.axes]
+            axes = [_in_order(axis, own, order) for axis in _picked(call, marks.axes, own)]
             if marks.weight and not (both and tensor.dim() == 1):
                 _note_sides(call, axes, len(result))
             operands.append((Marks(axes), [sizes[letter] if letter in own else 1 for letter in order]))
@@ -71,6 +73,16 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
         call.ledger.norm_of([marks.axes for marks, _ in operands], contracted, call)
     call.count(math.prod(sizes.values()), met)
     return call.ledger.reduce(met, contracted, False, kind, call)
+
+
+def _picked(call: Call, axes: Axes, own: str) -> Axes:
+    """The axes without dimension "g" of ``own``, along which data picks; units that change along it are fixed."""
+    if "g" not in own:
+        return axes
+    at = own.index("g")
+    lost = [axis for axis in axes if at in varying(axis)]
+    call.ledger.fix(lost, call.why("picked", "data decides which of them is used"))
+    return moving(first_along(axis, [at]) for axis in axes)
 
 
 def _in_order(axis: Tensor, own: str, order: str) -> Tensor:
@@ -126,6 +138,38 @@ def _matrix_with_bias(call: Call) -> Axes:
     """The rule of a matrix product that is added to a bias."""
     bias, a, b = call.args[:3]
     return _with_bias(call, product(call, a, b, *_letters(a, b)), bias)
+
+
+@rules.rule("_grouped_mm")
+def _grouped_matrix(call: Call) -> Axes:
+    """The rule of products of groups of rows (or columns), each with a matrix of its own, as of experts.
+
+    The factors are (S, K) and (G, K, N), (G, M, K) and (K, S), or (G, M, K) and (G, K, N); two matrices are those of a
+    weight's gradient, in groups along what they sum over, and give (G, M, N). The operator wants rows in memory whose
+    length is a multiple of 16 bytes, so units along them go in blocks.
+    """
+    a, b = call.args[:2]
+    for tensor in (a, b):
+        _in_blocks(call, tensor, max(range(-2, 0), key=lambda dim: (tensor.stride(dim) == 1, dim)))
+    letters = {
+        (2, 3): (("mk", "gkn"), "mn"),
+        (3, 2): (("gmk", "kn"), "mn"),
+        (3, 3): (("bmk", "bkn"), "bmn"),
+    }
+    if (a.dim(), b.dim()) not in letters:
+        axes = product(call, a, b, ("mk", "kn"), "mn")
+        return [axis[None] for axis in axes]
+    return _with_bias(call, product(call, a, b, *letters[a.dim(), b.dim()]), call.arg("bias"))
+
+
+def _in_blocks(call: Call, tensor: Tensor, dim: int) -> None:
+    """Unite the units along ``dim`` in runs of 8 (16 bytes in half precision), or of 16 bytes where 8 does not fit."""
+    size, at = tensor.shape[dim], tensor.dim() + dim
+    run = 8 if size % 8 == 0 else max(1, 16 // tensor.element_size())
+    for axis in call.axes(tensor) if size % run == 0 else []:
+        if at in varying(axis):
+            rows = axis.movedim(at, -1).unflatten(-1, (-1, run))
+            call.ledger.unite(rows[..., :1], rows, call)
 
 
 @rules.rule("outer ger")
