@@ -1,6 +1,4 @@
-"""Mixtures of experts whose weights are one tensor, multiplied with groups of rows (``torch.nn.functional.grouped_mm``),
-as those of transformers are.
-"""
+"""Mixtures of experts whose weights are one tensor, multiplied with groups of rows, as those of transformers are."""
 
 from __future__ import annotations
 

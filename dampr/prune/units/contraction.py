@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import rules
 from .axes import Axes, along, first_along, moving, varying
-from .ledger import Marks, line
+from .ledger import CONSTANTS, Marks, line
 
 if TYPE_CHECKING:
     from .call import Call
@@ -42,10 +42,9 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
         if marks is not None and factor is not None and factor.weight and not marks.weight:
             call.probe(tensor, marks.axes, own.index("k"))
         if marks is not None and factor is None and not call.even(other, {others.index("k")}):
-            lost = [axis for axis in marks.axes if axis.shape[own.index("k")] > 1]
-            call.ledger.fix(
-                lost, call.why("constants", "its channels meet constants that are no parameter and no buffer")
-            )
+            for axis in marks.axes:
+                if axis.shape[own.index("k")] > 1:
+                    call.ledger.keep_along(axis, {own.index("k")}, CONSTANTS, call)
     if "k" in letters[0] and "k" in letters[1] and not any((m := call.of(t)) is None or m.weight for t in (a, b)):
         call.probe_pair([(t, call.axes(t), own.index("k")) for t, own in ((a, letters[0]), (b, letters[1]))])
     order = result + "".join(sorted(set("".join(letters)) - set(result)))

@@ -23,6 +23,9 @@ Ints = NDArray[np.int64]
 _MANY = 4096  # duplicates among more pairs than this are removed
 _HALF = 31  # a pair of units is packed into one int64, 31 bits each
 
+CONSTANTS = "its channels meet constants that are no parameter and no buffer"
+DATA = "its channels meet data that has no channels of its own"
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -231,6 +234,21 @@ class Ledger:
         for axis in [axes] if isinstance(axes, Tensor) else axes:
             self.fixed.append((line(axis), why))
 
+    def keep_along(self, axis: Tensor, dims: set[int], text: str, call: Where) -> None:
+        """Record that values without units that differ along ``dims`` meet an axis, so that no index of these
+        dimensions may go.
+
+        The units themselves are fixed if they change along no other dimension. Else some may go at each index: whole
+        heads, where constants differ within a head. ``text`` says what meets them.
+        """
+        why = call.why("constants", text)
+        if varying(axis) <= dims:
+            self.fix(axis, why)
+        else:
+            index = self.fresh(*(n if d in dims else 1 for d, n in enumerate(axis.shape)))
+            self.fix(index, why)
+            self.contain(index, axis, call)
+
     def statistic(self, axis: Tensor, call: Where) -> None:
         """Record that these units may be cut only if the statistic that ``call`` computes counts open units alone."""
         self.statistics.append((line(axis), call.why("statistic", "a statistic is computed over its channels")))
@@ -259,10 +277,10 @@ class Ledger:
             out = others + own
         for at, (axes, _) in enumerate(padded):
             for axis in moving(axes):
-                dims = varying(axis)
                 for other, (theirs, size) in enumerate(padded):
-                    if other != at and all(size[d] > 1 for d in dims) and not any(varying(b) & dims for b in theirs):
-                        self.fix(axis, call.why("constants", "its channels meet data that has no channels of its own"))
+                    dims = {d for d in varying(axis) if size[d] > 1}
+                    if other != at and dims and not any(varying(b) & varying(axis) for b in theirs):
+                        self.keep_along(axis, dims, DATA, call)
         return out
 
     def _among(self, axis: Tensor, others: Axes, call: Where) -> tuple[Tensor, Axes]:

@@ -9,6 +9,7 @@ goes on to use both halves in the same way, so both must lose the same channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,13 +99,14 @@ def _pack(call: Call) -> tuple[Axes, ...]:
 
 
 @rules.rule("view_as_complex")
-def _pairs_as_complex(call: Call) -> Axes | tuple[Axes, ...]:
-    """The rule of ``view_as_complex``: the last dimension, of size 2 (real, imaginary), goes away.
-
-    If its two entries are different units, the call counts as an unknown operator.
+def _pairs_as_complex(call: Call) -> Axes:
+    """The rule of ``view_as_complex``: the last dimension, of size 2 (real, imaginary), goes away, and the units of the
+    two become one.
     """
     axes = call.axes(call.args[0])
-    return rules.opaque(call) if any(axis.shape[-1] > 1 for axis in axes) else [axis.squeeze(-1) for axis in axes]
+    for axis in axes:
+        call.ledger.unite(axis[..., :1], axis, call)
+    return [axis[..., 0] for axis in axes]
 
 
 @rules.rule("view_as_real")
@@ -294,7 +296,7 @@ def _index(call: Call) -> Axes:
 def _indexed(call: Call) -> set[int]:
     """The dimensions of the first argument that an index picks from."""
     tensor = call.args[0]
-    if call.name != "index":
+    if call.name not in ("index", "index_put"):
         return {call.args[1] % max(tensor.dim(), 1)}
     hit: set[int] = set()
     at = 0
@@ -409,38 +411,105 @@ def _glu(call: Call) -> Axes:
     return [narrow(a.narrow(dim, 0, tensor.shape[dim] // 2)) if a.shape[dim] > 1 else a for a in call.axes(tensor)]
 
 
-@rules.rule("index_put index_add index_copy index_reduce scatter scatter_add scatter_reduce")
+@rules.rule("index_add index_copy index_reduce scatter scatter_add scatter_reduce")
 def _rows(call: Call) -> Axes | tuple[Axes, ...]:
     """The rule of writing rows that data picks (``x.index_add(0, index, value)``), or elements of each column
     (``x.scatter_add(0, index, value)``).
 
-    The units along the other dimensions of ``x`` and ``value`` meet. If units change along the picked dimension, or the
-    index picks more than rows, the call counts as an unknown operator.
+    If the index of a column is not that of all, the call counts as an unknown operator.
     """
-    tensor, by_column = call.args[0], call.name.startswith("scatter")
-    if call.name == "index_put":
-        given = [d for d, index in enumerate(call.args[1]) if index is not None]
-        dim, value = given[0], call.args[2]
-        known = given == [0] and call.args[1][0].dim() == 1
-    else:
-        dim, value, known = call.args[1] % tensor.dim(), call.args[3], isinstance(call.args[3], Tensor)
-    if by_column and known:
-        index = call.args[2]
+    tensor, index, value = call.args[0], call.args[2], call.args[3]
+    dim = call.args[1] % tensor.dim()
+    call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
+    if not isinstance(value, Tensor) or value.dim() not in (0, tensor.dim()):
+        return rules.opaque(call)
+    shapes = {tuple(n for d, n in enumerate(t.shape) if d != dim) for t in (tensor, index, value)}
+    if call.name.startswith("scatter") and len(shapes) > 1:
+        return rules.opaque(call)
+    return _meet_rows(call, value, {dim}, dim, 1)
+
+
+@rules.rule("index_put")
+def _put(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of ``x[i, :, j] = value``, for whole numbers and masks."""
+    hit = _indexed(call)
+    given = [index for index in call.args[1] if index is not None]
+    for index in given:
         call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
-        shapes = {tuple(n for d, n in enumerate(t.shape) if d != dim) for t in (tensor, index, value)}
-        known = len(shapes) == 1
-    if not known or value.dim() not in (0, tensor.dim()):
-        return rules.opaque(call)
-    axes = call.axes(tensor) + call.axes(value)
-    if any(dim in varying(axis) for axis in axes):
-        return rules.opaque(call)
-    operands = [rules.operand(call, t) for t in (tensor, value) if t.dim()]
-    rows = [(marks, [1 if d == dim else n for d, n in enumerate(size)]) for marks, size in filter(None, operands)]
-    return call.ledger.meet([1 if d == dim else n for d, n in enumerate(tensor.shape)], rows, call)
+    new = max(1 if index.dtype in (torch.bool, torch.uint8) else index.dim() for index in given)
+    neighbours = max(hit) - min(hit) + 1 == len(hit)
+    return _meet_rows(call, call.args[2], hit, min(hit) if neighbours else 0, new)
 
 
-@rules.rule("masked_scatter slice_scatter select_scatter")
-def _scattered(call: Call) -> Axes | tuple[Axes, ...]:
+def _meet_rows(call: Call, value: Tensor, hit: set[int], at: int, new: int) -> Axes | tuple[Axes, ...]:
+    """The axes after ``value`` was written at the indices of the first argument that data picks.
+
+    The units along the other dimensions meet. If units change along a picked dimension, the call counts as an unknown
+    operator.
+
+    Args:
+        call: the call.
+        value: what is written; it broadcasts to the shape of what is picked.
+        hit: the dimensions from which data picks.
+        at, new: where the dimensions of the indices begin in ``value``, and how many they are.
+    """
+    tensor = call.args[0]
+    rank = tensor.dim() - len(hit) + new
+
+    def unpicked(sizes: Iterable[int]) -> list[int]:
+        """The sizes of a tensor like ``value`` in the dimensions of the first argument; 1 where data picks."""
+        every = list(sizes)
+        rest = iter(every[:at] + every[at + new :])
+        return [1 if d in hit else next(rest) for d in range(tensor.dim())]
+
+    axes = [at_rank(axis, rank) for axis in call.axes(value)]
+    if any(varying(axis) & hit for axis in call.axes(tensor)) or any(
+        varying(axis) & set(range(at, at + new)) for axis in axes
+    ):
+        return rules.opaque(call)
+    shape, operands = [1 if d in hit else n for d, n in enumerate(tensor.shape)], []
+    if (own := rules.operand(call, tensor)) is not None:
+        operands.append((own[0], [1 if d in hit else n for d, n in enumerate(own[1])]))
+    if value.dim() and (given := rules.operand(call, value)) is not None:
+        sizes = unpicked([1] * (rank - value.dim()) + given[1])
+        operands.append((Marks([axis.reshape(unpicked(axis.shape)) for axis in axes]), sizes))
+    met = call.ledger.meet(shape, operands, call)
+    ahead = rank - value.dim()
+    rules.meet_constants(call, tensor, met, range(tensor.dim()))
+    rules.meet_constants(call, value, met, [n - ahead - 1 for n in unpicked(range(1, rank + 1))])
+    return met
+
+
+@rules.rule("masked_scatter")
+def _masked_rows(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of ``x.masked_scatter(mask, source)`` where the mask picks whole rows: the elements of ``source``, in
+    order, take their places.
+
+    Units along the dimensions of a row meet. If units of ``source`` change along others, or the mask picks parts of
+    rows, the call counts as an unknown operator.
+    """
+    tensor, mask, source = call.args[:3]
+    whole = list(call.out.shape)
+    row = 0  # the number of dimensions of a row
+    while row < min(len(whole), source.dim()) and source.shape[-1 - row] == whole[-1 - row]:
+        if row < mask.dim() and not call.even(mask, {mask.dim() - 1 - row}):
+            break
+        row += 1
+    ahead = source.dim() - row
+    if not row or any(dim < ahead for axis in call.axes(source) for dim in varying(axis)):
+        return _unknown_if_units(call)
+    call.ledger.fix(call.axes(mask), call.why("picked", "its channels are used as an index"))
+    operands = [own] if (own := rules.operand(call, tensor)) is not None else []
+    if (given := rules.operand(call, source)) is not None:
+        operands.append((Marks([axis.reshape(axis.shape[ahead:]) for axis in given[0].axes]), given[1][ahead:]))
+    met = call.ledger.meet(whole, operands, call)
+    rules.meet_constants(call, tensor, met, [d - len(whole) + tensor.dim() for d in range(len(whole))])
+    rules.meet_constants(call, source, met, [d - len(whole) + source.dim() for d in range(len(whole))])
+    return met
+
+
+@rules.rule("slice_scatter select_scatter")
+def _unknown_if_units(call: Call) -> Axes | tuple[Axes, ...]:
     """The rule of scatters: an unknown operator for tensors with units, and nothing for others."""
     return rules.opaque(call) if any(moving(marks.axes) for marks in call.marks if marks is not None) else []
 

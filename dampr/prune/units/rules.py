@@ -9,14 +9,14 @@ opaque, and none of the units of its inputs may be cut.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .axes import Axes, at_rank, varying
-from .ledger import Marks, line
+from .ledger import CONSTANTS, Marks, line
 
 if TYPE_CHECKING:
     from .call import Call, Rule
@@ -113,6 +113,25 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
             call.ledger.written.extend(line(axis) for axis in marks.axes)
 
 
+def meet_constants(call: Call, tensor: Tensor, axes: Axes, places: Sequence[int]) -> Axes:
+    """Record that a tensor meets ``axes`` elementwise, if it is constant: units along which it differs stay.
+
+    ``places``: for each dimension of the axes, that of ``tensor``; negative where ``tensor`` has none.
+
+    Returns: the axes along which the constants are the same.
+    """
+    taken: Axes = []
+    if call.of(tensor) is not None or not (tensor.is_floating_point() or tensor.is_complex()):
+        return taken
+    for axis in axes:
+        dims = {d for d in varying(axis) if places[d] >= 0 and tensor.shape[places[d]] > 1}
+        if dims and not call.even(tensor, {places[d] for d in dims}):
+            call.ledger.keep_along(axis, dims, CONSTANTS, call)
+        elif dims and len(dims) == len(varying(axis)):
+            taken.append(axis)
+    return taken
+
+
 @rule(
     "_prelu_kernel prelu native_dropout bernoulli rrelu_with_noise gelu _fused_dropout masked_fill where hardswish "
     "hardsigmoid nan_to_num "
@@ -134,19 +153,11 @@ def elementwise(call: Call) -> Axes:
             [[at_rank(axis, len(shape)) for axis in call.axes(t)] for t in call.given if t.dtype.is_floating_point]
         )
     axes = ledger.meet(shape, operands, call)
-    for tensor, marks in zip(call.given, call.marks, strict=True):
-        if marks is None and tensor.dim() and (tensor.is_floating_point() or tensor.is_complex()):
-            ahead, taken = len(shape) - tensor.dim(), []
-            for axis in axes:
-                dims = {d - ahead for d in varying(axis) if d >= ahead and tensor.shape[d - ahead] > 1}
-                if dims and not call.even(tensor, dims):
-                    ledger.fix(
-                        axis, call.why("constants", "its channels meet constants that are no parameter and no buffer")
-                    )
-                elif dims and len(dims) == len(varying(axis)):
-                    taken.append(axis.reshape(axis.shape[ahead:]))
-            if taken:  # the constants now have these units, so other layers that meet them have the same width
-                call.tracer.mark(tensor, Marks(taken))
+    for tensor in call.given:
+        ahead = len(shape) - tensor.dim()
+        taken = meet_constants(call, tensor, axes, [d - ahead for d in range(len(shape))])
+        if taken:  # the constants now have these units, so other layers that meet them have the same width
+            call.tracer.mark(tensor, Marks([axis.reshape(axis.shape[ahead:]) for axis in taken]))
     return axes
 
 

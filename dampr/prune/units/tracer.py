@@ -115,7 +115,8 @@ def _computes_alike(func: Any) -> bool:
     and returns a new tensor.
     """
     drawn = torch.Tag.nondeterministic_seeded in func.tags
-    return torch.Tag.pointwise in func.tags and not drawn and not func._schema.is_mutable
+    elementwise = torch.Tag.pointwise in func.tags or rules.base_name(func) in ("clone", "_to_copy")
+    return elementwise and not drawn and not func._schema.is_mutable
 
 
 @contextmanager
@@ -321,6 +322,8 @@ class Tracer(TorchDispatchMode):
         as far as that is known without looking at its values.
         """
         if id(tensor) in self.uniform or dim < -tensor.dim() or tensor.shape[dim] == 1:
+            return True
+        if tensor.layout is torch.strided and tensor.stride(dim) == 0:
             return True
         return id(tensor) in self._even and dim + tensor.dim() in self._even[id(tensor)][1]
 
