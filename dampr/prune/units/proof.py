@@ -165,32 +165,52 @@ def differs(
         classes: the classes to cut.
         sizes: numbers that code keeps, as for :func:`cut`.
     """
-    small = cut(inputs.twin(model), units, classes, sizes)
-    ledger = Ledger.of(small, units.within)
     try:
-        for mode in units.modes:
-            for sample in samples:
-                tracer.run_as_fits(ledger, small, sample, training=mode)
+        again = _traced(cut(inputs.twin(model), units, classes, sizes), units, samples)
     except Exception as error:
         return Differs(
             "without half of its channels the model does not run, so something beside its layers has that width "
             f"({error})",
             False,
         )
-    if units.numbers != ledger.numbers:
-        pairs = zip(units.numbers, ledger.numbers, strict=False)
+    found = _other_way(units, again, set(classes))
+    if found is None:
+        return None
+    # Where values decide which way a model takes, the whole one may take another way than one with closed units.
+    masked = _traced(mask(inputs.copied(model), units, classes), units, samples)
+    if (masked.numbers, masked.reached) == (units.numbers, units.reached):
+        return found
+    gone = {masked.classes(m.name, m.dim)[i] for one in classes for m in units.members[one] for i in m.indices}
+    return _other_way(masked, again, gone)
+
+
+def _traced(model: nn.Module, units: Units, samples: list[Any]) -> Units:
+    """The partition of a model like the one of ``units``, traced in the same modes. Raises what the model raises."""
+    ledger = Ledger.of(model, units.within)
+    for mode in units.modes:
+        for sample in samples:
+            tracer.run_as_fits(ledger, model, sample, training=mode)
+    return solve(ledger, units.modes)
+
+
+def _other_way(units: Units, again: Units, gone: set[int]) -> Differs | None:
+    """How what a cut model computes differs from what the whole model does: in numbers of the code, in the parameters
+    that it reads, or in its partition; None if it does not. Arguments as in :func:`_regrouped`.
+    """
+    if units.numbers != again.numbers:
+        pairs = zip(units.numbers, again.numbers, strict=False)
         a, b = next(((a, b) for a, b in pairs if a != b), (("more", "operators"), ("or", "fewer")))
         return Differs(
             f"a number that the code computes follows its width ({a[0]} with {a[1]}, without half of its channels "
             f"{b[1]})",
             True,
         )
-    other = next((name for name, modes in units.reached.items() if ledger.reached.get(name) != modes), None)
+    other = next((name for name, modes in units.reached.items() if again.reached.get(name) != modes), None)
     if other is not None:
         return Differs(
             f"without half of its channels the model takes another way, on which it does not read {other!r}", True
         )
-    return _regrouped(units, solve(ledger, units.modes), set(classes))
+    return _regrouped(units, again, gone)
 
 
 def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
