@@ -84,7 +84,12 @@ def export(
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(positional, keyword) arguments from example inputs."""
+    """(positional, keyword) arguments from example inputs.
+
+    Raises: TypeError for several ones: a file holds one way through a model.
+    """
+    if isinstance(example_inputs, inputs.Several):
+        raise TypeError("example_inputs=Several(...): expected one of them: a file holds one way through a model")
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {}

@@ -10,6 +10,7 @@ from .expand import expand
 from .file_content import FileError
 from .files import load, save
 from .history import History
+from .inputs import Several
 from .latency import Latency
 from .once import prune_once
 from .plan import Plan
@@ -38,6 +39,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanReport",
+    "Several",
     "Shrink",
     "Shrinker",
     "SightWarning",

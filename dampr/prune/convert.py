@@ -100,7 +100,8 @@ def convert(
         include, exclude: name globs ("encoder.*") and types; None includes everything and excludes nothing. What hits a
             transformer layer hits its parts. With example inputs, an excluded layer keeps its width, so layers that
             write the same width (a sum, say) get no gates either.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. With them, output gates go into
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, or :class:`dampr.Several` of
+            these for a model that takes several ways. With them, output gates go into
             the BatchNorm that follows a layer (in all that read a residual stream), which computes the ``nn.ReLU`` that
             alone reads it, if there is one (a :class:`dampr.nn.AbsorbedReLU` then stands there), leave out layers whose
             channels nothing can cut (the classifier, what a LayerNorm reads, a layer that is called twice, one whose

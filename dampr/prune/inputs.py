@@ -1,8 +1,8 @@
 """Run models on example inputs, copy models, and compare their outputs.
 
-Example inputs are a tensor, a tuple or list of positional arguments, or a dict of keyword arguments; tensors may lie in
-objects among them. The functions here
-run a model on them without leaving a trace: modes, random generators and hooks are afterwards as before.
+Example inputs are a tensor, a tuple or list of positional arguments, a dict of keyword arguments, or :class:`Several`
+of these; tensors may lie in objects among them. The functions here run a model on them without leaving a trace: modes,
+random generators and hooks are afterwards as before.
 """
 
 from __future__ import annotations
@@ -34,8 +34,32 @@ Model = TypeVar("Model", bound=nn.Module)
 Found = TypeVar("Found")
 
 
+class Several:
+    """Example inputs for a model that one call does not show: one that takes another way for another task, say.
+
+    It stands wherever example inputs are expected. The model is called with each in turn, so its cost is that of all
+    these calls. ``dampr.convert(model, dampr.Several(x, {"x": x, "task": "depth"}))``
+
+    Args:
+        examples: each a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises: TypeError without any, or for one without a tensor.
+    """
+
+    def __init__(self, *examples: Any) -> None:
+        if not examples:
+            raise TypeError("examples=(): expected at least one")
+        for one in examples:
+            check(one)
+        self.examples = examples
+
+
 def call(model: nn.Module, example_inputs: Any) -> Any:
-    """The output of ``model`` on the example inputs, in its present mode and with gradients as they are set."""
+    """The output of ``model`` on the example inputs, in its present mode and with gradients as they are set; a list of
+    outputs for :class:`Several`.
+    """
+    if isinstance(example_inputs, Several):
+        return [call(model, one) for one in example_inputs.examples]
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     if isinstance(example_inputs, (tuple, list)):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from .layers.recurrent import unit_columns
 from .layers.registry import kind_of
-from .units import Units
+from .units import Units, unseen
 from .units.proof import added, retrace
 
 
@@ -32,19 +34,27 @@ def refused(
     found: dict[str, str] = {}
     free: dict[str, tuple[str, int]] = {}
     written: dict[str, set[int]] = {}
-    protected = units.in_training_alone()
+    protected = unseen.protected(units, dict(model.named_parameters()))
     for name, layer in layers.items():
         reason = unreached(name, layer, units)
         side = None if name in whole else _written(name, layer)
         if reason is None and side is not None and side[0] in units.alias:
             written[name] = set(units.classes(*side))
-            reason = next((protected[c] for c in units.classes(*side) if c in protected), None)
+            reason = _why(protected, units, [side])
             if reason is None and name not in known:
                 free[name] = side
+        elif reason is None and kind_of(layer).recurrent:
+            reason = _why(protected, units, [(f"{name}.{own}".lstrip("."), 1) for own in unit_columns(layer)])
         if reason is not None:
             found[name] = reason
     left = {name: classes for name, classes in written.items() if name not in found}
     return found | _followed(model, units, free, example_inputs) | _added(model, units, left, example_inputs)
+
+
+def _why(protected: dict[int, str], units: Units, sides: Iterable[tuple[str, int]]) -> str | None:
+    """Why a layer must keep what it writes; None if no class of ``sides``, (parameter, dimension), is protected."""
+    known = (units.classes(name, dim) for name, dim in sides if name in units.alias)
+    return next((protected[one] for classes in known for one in classes if one in protected), None)
 
 
 def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example_inputs: Any) -> dict[str, str]:

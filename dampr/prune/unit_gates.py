@@ -25,7 +25,7 @@ from .layers.registry import channel_count, kind_of
 from .modules import by_name
 from .open_norms import OpenNorm, in_one_vector
 from .unit_trials import Subject, Trial, is_meta
-from .units import Units
+from .units import Units, unseen
 from .units.groups import Group, groups, readable
 from .units.proof import differs, half
 from .units.sizes import Size, followers
@@ -75,7 +75,7 @@ def place(
     trained, finite = (model, False) if is_meta(model) else inputs.trained(model, example_inputs)
     subject = Subject(trained, units, example_inputs, norms or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    protected = units.in_training_alone() | _staying(model, units)
+    protected = unseen.protected(units, dict(model.named_parameters())) | _staying(model, units)
     found = groups(units, [one for one in readable(units, parameters) if one not in protected])
     clusters = _clusters(units, [one for group in found for one in group.classes])
     try:

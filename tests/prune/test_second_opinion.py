@@ -325,25 +325,6 @@ def test_what_training_returns_keeps_its_width():
     assert model.dampr_skipped["second"] == "its outputs are the model's own in training"
 
 
-def test_what_no_mode_reaches_gets_no_gates():
-    class Tasks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.a, self.b = (
-                nn.Linear(6, 8),
-                nn.Linear(8, 3),
-                nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3)),
-            )
-
-        def forward(self, x, task="a"):
-            return getattr(self, task)(self.first(x).relu())
-
-    model = dampr.convert(Tasks(), example_inputs=torch.randn(2, 6))
-    assert sorted(gated_layers(model)) == ["first"]
-    for name in ("b.0", "b.1"):
-        assert model.dampr_skipped[name] == "example_inputs do not reach the layer, in evaluation or in training"
-
-
 def test_a_model_with_gates_is_judged_without_them():
     model = dampr.convert(Between(nn.LocalResponseNorm(3)), example_inputs=IMAGE, include="third")
     dampr.convert(model, example_inputs=IMAGE)
