@@ -99,6 +99,13 @@ def copy_sources(target: Path) -> Path:
     return target
 
 
+def compiler(path: Path, line: str) -> str:
+    """A compiler: a shell script with this line. The wheel alone is built with the real one, as users build it."""
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def build_wheel(python: Path | str, source: Path, target: Path, **environment: str) -> tuple[Path, str]:
     output = pip(
         python, "wheel", "--no-deps", "--no-cache-dir", "-v", "-w", target, source, cwd=target.parent, **environment
@@ -209,16 +216,16 @@ def copy_unbuilt(sdist: Path, target: Path) -> Path:
 def test_an_editable_install_builds_in_place(sdist: Path, tmp_path: Path) -> None:
     source = copy_unbuilt(sdist, tmp_path / "a folder with spaces")
     python = make_venv(tmp_path / "venv", borrow=True)
-    pip(python, "install", "--no-deps", "-e", source, cwd=tmp_path)
+    quick = compiler(tmp_path / "quick", 'exec c++ "$@" -O0')
+    pip(python, "install", "--no-deps", "-e", source, cwd=tmp_path, CXX=quick)
     assert list((source / "dampr").glob("_C.*"))
     assert "missing" not in backend_info(python, tmp_path)["cpp"]
 
 
 def test_without_ninja_and_with_a_compiler_that_knows_no_avx_the_baseline_is_built(sdist: Path, tmp_path: Path) -> None:
     source = copy_unbuilt(sdist, tmp_path / "source")
-    compiler = tmp_path / "old-compiler"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx*) echo "error: no AVX" >&2; exit 1;; esac\nexec c++ "$@"\n')
-    compiler.chmod(0o755)
+    refuse = 'case "$*" in *-mavx*) echo "error: no AVX" >&2; exit 1;; esac'
+    old = compiler(tmp_path / "old-compiler", f'{refuse}\nexec c++ "$@" -O0')
     code = (
         "import runpy, shutil, sys\n"
         "sys.modules['ninja'] = None\n"
@@ -227,7 +234,7 @@ def test_without_ninja_and_with_a_compiler_that_knows_no_avx_the_baseline_is_bui
         "sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']\n"
         "runpy.run_path('setup.py', run_name='__main__')"
     )
-    run(sys.executable, "-c", code, cwd=source, CXX=str(compiler))
+    run(sys.executable, "-c", code, cwd=source, CXX=old)
     assert not list(source.rglob("build.ninja"))
     isas = run(
         sys.executable, "-c", "import torch; from dampr import _C; print(_C.build_info()['isas'], _C.isa())", cwd=source
