@@ -43,6 +43,11 @@ class Attention(_OfAttention, Counted):
         """The attention with gates on its heads, whatever the granularity."""
         return self.twin(layer).from_dense(layer, gate=gate, per_sample=per_sample)
 
+    def staying(self, layer: Any) -> dict[tuple[str, int], str]:
+        """The heads, where they are to go without another layer in the place of torch's."""
+        reason = "torch's attention has as many channels in its heads as around them"
+        return {(name, 0): reason for name, _ in layer.named_parameters(recurse=False) if name.endswith("proj_weight")}
+
     # ---- cost
 
     def uses(self, layer: Any, call: Call, output: Any) -> tuple[int, int]:
