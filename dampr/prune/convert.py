@@ -42,6 +42,7 @@ from .layer_plan import (
     check_streams,
     choose,
     gated_classes,
+    idle,
     leave_out,
     leave_out_shared,
     multiplies_beside,
@@ -216,6 +217,7 @@ def _with_gates(
         plan = place(model, chosen, granularity, example_inputs, tie, seen)
     except graph.TracingError as error:
         untraced = error
+    useless = {} if plan is None or before is None else idle(plan)
     by_units = None
     may_have_units = seen is not None and granularity == "output" and tie and not per_sample and not residual
     if seen is not None and may_have_units:
@@ -230,11 +232,14 @@ def _with_gates(
             reached = 0.0 if plan is None else share_of_layers(seen.units, plan)
             exact = plan is None or share < reached - WORTH or not multiplies_beside(seen.units, plan, model)
             more = share > reached + WORTH * (plan is not None)
-            if not known and (more or not exact or (plan is not None and _cut_more(seen.units, placement, plan))):
+            more = more or bool(useless) or (plan is not None and _cut_more(seen.units, placement, plan))
+            if not known and (more or not exact):
                 return by_units()
     if plan is None:
         raise ConversionError(str(untraced)) from untraced
     plan.skipped |= skipped
+    plan.skipped |= useless
+    plan.layers = {name: layer for name, layer in plan.layers.items() if name not in useless}
     if seen is not None and granularity == "output" and exclude is not None:
         leave_out_shared(plan, model, seen.units, exclude)
     if seen is not None and granularity == "output" and not residual:

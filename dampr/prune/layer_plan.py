@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -296,6 +297,22 @@ def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> Non
                 plan.weights_per_gate.pop(place, None)
         names = {layer: name for name, layer in model.named_modules()}
         plan.skipped |= {names[layer]: reason for layer in together}
+
+
+def idle(plan: LayerPlan) -> dict[str, str]:
+    """name -> why its gates would cut nothing, for norms of a plan all of whose gates are where no layer alone writes
+    or reads what they multiply.
+    """
+    assert plan.widths is not None
+    vectors = defaultdict[str, list[str]](list)
+    for name in plan.layers:
+        vectors[plan.shared_with.get(name, name)].append(name)
+    found: dict[str, str] = {}
+    for names in vectors.values():
+        layers = [plan.layers[name] for name in names]
+        if all(kind_of(layer).batch_statistics and not plan.widths.around(layer) for layer in layers):
+            found |= dict.fromkeys(names, "no layer alone writes or reads what this norm gates")
+    return found
 
 
 def leave_out_shared(plan: LayerPlan, model: nn.Module, units: Units, exclude: Filter) -> None:

@@ -212,7 +212,7 @@ def test_a_cold_start_holds_beta_and_its_optimizer_takes_it_up_afterwards(decaye
     assert gate.beta.item() == pytest.approx(beta.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 @pytest.mark.parametrize("latent", [5, 10, 20])
 def test_linear_dimensionality_reduction_finds_the_dimension(golden, toy, latent, seed):
     gate = toy(gates.DiscriminativeMask(50), lambda gate: gates.dam_penalty([gate], 0.01), latent, seed)

@@ -161,7 +161,7 @@ def test_penalties():
     assert all(p.grad is not None for p in layer.parameters())
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("lam", [1e-2, 1e-3])
 def test_the_surrogate_settles_at_the_dimension_and_without_it_the_network_dies(toy, lam, seed):
     for variant, expected in (("hard", (9, 11)), ("hard_constant", (0, 0))):
