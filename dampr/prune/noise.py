@@ -47,12 +47,14 @@ def same(model: nn.Module) -> Iterator[None]:
 
 
 def _generators(model: nn.Module) -> list[torch.Generator]:
-    """The random generators that modules keep in attributes."""
-    values = (value for module in model.modules() for value in vars(module).values())
+    """The random generators that modules keep in attributes; layers of torch have none."""
+    own = (module for module in model.modules() if not type(module).__module__.startswith("torch.nn."))
     # ``isinstance`` is ten times as slow, because this class has a metaclass that overrides it
-    return [value for value in values if issubclass(type(value), torch.Generator)]
+    return [value for module in own for value in vars(module).values() if issubclass(type(value), torch.Generator)]
 
 
 def _devices(model: nn.Module) -> list[int]:
     """The GPUs that hold parameters of a model."""
+    if not torch.cuda.is_initialized():
+        return []
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

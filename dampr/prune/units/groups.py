@@ -55,22 +55,21 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
     """Group ``classes`` into vectors of gates, in the order of their first classes. Vectors of one class are left
     out.
     """
-    alike: dict[frozenset[tuple[str, int, int]], list[int]] = defaultdict(list)
+    kinds = _kinds(units)
+    alike: dict[int, list[int]] = defaultdict(list)
     for one in classes:
-        alike[frozenset((m.name, m.dim, len(m.indices)) for m in units.members[one])].append(one)
+        alike[int(kinds[one])].append(one)
     sizes = {(name, dim): size for name, dims in units.origin.items() for dim, _, size in dims}
     found = []
-    for places, own in alike.items():
+    for own in alike.values():
         if len(own) < 2:
             continue
         own = sorted(own)
+        places = [(member.name, member.dim) for member in units.members[own[0]]]
         number = np.full(len(units.label), -1)
         number[own] = np.arange(len(own))
         columns: dict[Place, Ints] = {}
-        here = {place[:2] for place in places}
-        for name, dim in (
-            (name, dim) for name, dims in units.origin.items() for dim, _, _ in dims if (name, dim) in here
-        ):
+        for name, dim in places:
             first = units.first_unit(name, dim)
             line = slice(first, first + sizes[name, dim])
             gates = np.where(units.columns[line], number[units.label[line]], -1)
@@ -78,6 +77,23 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
                 columns[name, dim] = gates
         found.append(Group(own, columns))
     return found
+
+
+def _kinds(units: Units) -> Ints:
+    """A number for each class: the same for classes with equally many indices in the same dimensions.
+
+    Returns: int64 (largest class + 1,).
+    """
+    kinds: Ints = np.zeros(int(units.label.max(initial=0)) + 1, np.int64)
+    used = 1
+    for dims in units.origin.values():
+        for _, first, size in dims:
+            here, counts = np.unique(units.label[first : first + size], return_counts=True)
+            # classes that were of one kind stay so if they have equally many indices here
+            pairs, told_apart = np.unique(np.stack((kinds[here], counts)), axis=1, return_inverse=True)
+            kinds[here] = used + told_apart.reshape(-1)
+            used += pairs.shape[1]
+    return kinds
 
 
 def share_of_macs(units: Units, classes: Iterable[int], modules: Collection[str] = ()) -> float:
