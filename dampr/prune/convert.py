@@ -217,7 +217,7 @@ def _with_gates(
         plan = place(model, chosen, granularity, example_inputs, tie, seen)
     except graph.TracingError as error:
         untraced = error
-    useless = {} if plan is None or before is None else idle(plan)
+    useless = {} if plan is None else idle(plan)
     by_units = None
     may_have_units = seen is not None and granularity == "output" and tie and not per_sample and not residual
     if seen is not None and may_have_units:
