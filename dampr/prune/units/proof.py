@@ -165,8 +165,9 @@ def differs(
         classes: the classes to cut.
         sizes: numbers that code keeps, as for :func:`cut`.
     """
+    small = cut(inputs.twin(model), units, classes, sizes)
     try:
-        again = _traced(cut(inputs.twin(model), units, classes, sizes), units, samples)
+        again = _traced(small, units, samples)
     except Exception as error:
         return Differs(
             "without half of its channels the model does not run, so something beside its layers has that width "
