@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -86,6 +86,28 @@ def test_whole_heads_can_go_where_inputs_differ_within_a_head(shape: tuple[int, 
     x = (torch.randn(2, 5, 32), torch.randn(shape), torch.randn(shape))
     assert 4 in heads(Attention(None), x)
     assert_exact(Attention(None), x, at_most=0.6)
+
+
+class Slopes(nn.Module):
+    """Scores that fall with the distance, by a slope of each head in a buffer (Press et al. 2022)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = 4, nn.Linear(32, 96), nn.Linear(32, 3)
+        self.register_buffer("slopes", 2.0 ** -torch.arange(1, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        places = torch.arange(x.shape[1])
+        distance = (places[:, None] - places).abs() * cast(Tensor, self.slopes)[:, None, None]
+        y: Tensor = self.out(((q @ k.mT - distance).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return y
+
+
+def test_heads_with_values_of_their_own_in_a_buffer_can_go() -> None:
+    x = torch.randn(2, 5, 32)
+    assert heads(Slopes(), x) == [4]
+    assert_exact(Slopes(), x, at_most=0.6)
 
 
 def test_heads_stay_where_constants_differ_between_heads() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .axes import Axes, at_rank, first_along, moving, narrow, varying
+from .axes import Axes, along, at_rank, first_along, moving, narrow, varying
 from .ledger import Marks
 
 if TYPE_CHECKING:
@@ -243,6 +243,8 @@ def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes
     full = []
     for part, axis in zip(parts, beside, strict=True):
         size = part.shape[dim] if part.dim() == len(shape) else 1
+        if axis is None and call.of(part) is None and call.tracer.is_zero(part):  # as a first state of recurrent code
+            axis = along(call.ledger.fresh(size), dim, len(shape))
         axis = torch.zeros([1] * len(shape), dtype=torch.int64) if axis is None else axis
         full.append(axis.expand([size if d == dim else n for d, n in enumerate(wide)]))
     return [*rest, narrow(torch.cat(full, dim))]

@@ -30,12 +30,12 @@ _PARTS = (2, 3)  # a parameter may hold query, key and value one after the other
 
 
 class Size(NamedTuple):
-    """An attribute of a module whose value is proportional to the size of a dimension of a parameter.
+    """An attribute of a module whose value is proportional to the size of a dimension of a parameter or buffer.
 
     Attributes:
         module: the name of the module.
         attribute: the name of the attribute; "shape.0" is the first number of the tuple ``shape``.
-        parameter, dim: the parameter's name, and the dimension.
+        parameter, dim: the name of the parameter or buffer, and the dimension.
         before: the value of the attribute in the whole model.
         width: the size of the dimension in the whole model.
     """
@@ -117,14 +117,14 @@ def _matches(
 
 
 def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]:
-    """Set the attributes in ``sizes`` to fit the present shapes of the parameters of ``model``.
+    """Set the attributes in ``sizes`` to fit the present shapes of the parameters and buffers of ``model``.
 
     Returns: module -> attribute -> its new value, for those that changed.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     made: dict[str, dict[str, int]] = {}
     for size in sizes:
-        now = size.before * parameters[size.parameter].shape[size.dim] // size.width
+        now = size.before * tensors[size.parameter].shape[size.dim] // size.width
         if now != size.before:
             set_number(model.get_submodule(size.module), size.attribute, now)
             made.setdefault(size.module, {})[size.attribute] = now
