@@ -101,7 +101,7 @@ class Spectral(nn.Module):
         self.out_channels, self.kept, self.dims, self.like = width, kept, dims, like
         shape = (width, width, *(kept,) * dims)
         self.low = nn.Parameter(torch.randn(shape, dtype=torch.cfloat) / width)
-        self.high = nn.Parameter(torch.randn(shape, dtype=torch.cfloat) / width)
+        self.high = nn.Parameter(torch.randn(shape, dtype=torch.cfloat) / width) if dims > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         over, kept, pixels = tuple(range(-self.dims, 0)), self.kept, "xy"[: self.dims]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -114,15 +114,17 @@ class Call:
         """Whether the operator changes its first argument."""
         return self.is_view() and bool(self.func._schema.arguments[0].alias_info.is_write)
 
-    def count(self, macs: int, factors: Axes) -> None:
+    def count(self, macs: int, factors: Axes, overlapping: Sequence[Tensor] = ()) -> None:
         """Record a product, if the trace counts products and torch's FLOP counter counts this operator.
 
         Args:
             macs: its multiply-accumulates.
             factors: the axes of its dimensions, contracted ones included.
+            overlapping: those of them that change along a dimension together.
         """
         if self.tracer.counts and self.name in _COUNTED:
-            self.ledger.products.append(Product(self.module_name(), macs, [line(axis) for axis in moving(factors)]))
+            lines = [line(axis) for axis in moving(factors)]
+            self.ledger.products.append(Product(self.module_name(), macs, lines, list(overlapping)))
 
     def module_name(self) -> str:
         """The name of the module that runs this call."""

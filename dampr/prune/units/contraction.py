@@ -70,7 +70,9 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
     contracted = set(range(len(result), len(order)))
     if kind == "noted":
         call.ledger.norm_of([marks.axes for marks, _ in operands], contracted, call)
-    call.count(math.prod(sizes.values()), met)
+    alone = [all(a is b or not varying(a) & varying(b) for b in met) for a in met]
+    overlapping = [axis for axis, own in zip(met, alone, strict=True) if not own]
+    call.count(math.prod(sizes.values()), [axis for axis, own in zip(met, alone, strict=True) if own], overlapping)
     return call.ledger.reduce(met, contracted, False, kind, call)
 
 

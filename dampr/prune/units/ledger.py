@@ -93,11 +93,14 @@ class Product:
         module: the name of the module that ran it.
         macs: the number with all units; it is proportional to what is left of each factor.
         factors: the units of each of its dimensions.
+        overlapping: axes that change along a dimension together, as those of keys and values do along the heads;
+            :func:`.partition.solve` makes factors of them.
     """
 
     module: str
     macs: int
     factors: list[Ints]
+    overlapping: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -301,9 +304,21 @@ class Ledger:
                 axis = other
             elif theirs < dims:
                 self.contain(other, axis, call)
-            else:
-                self.fix([own, other], call.why("mixed", "two sets of channels share part of a dimension"))
+            else:  # channels of keys beside those of values, in each head
+                self._share(own, other, call)
+                rest.append(other)
         return axis, rest
+
+    def _share(self, a: Tensor, b: Tensor, call: Where) -> None:
+        """Record that two axes change along some of their dimensions together, and along others each alone.
+
+        One index of the common dimensions, a head say, goes with all units of both there.
+        """
+        common = sorted(varying(a) & varying(b))
+        outer = [self._rows(axis, common) for axis in (a, b)]
+        for one, axis in zip(outer, (a, b), strict=True):
+            self.contain(one, axis, call)
+        self.unite(outer[0], outer[1], call)
 
     def lie_beside(self, operands: Sequence[Axes]) -> None:
         """Record that weights are added (or combined in another way but a product) into one weight, element by element.

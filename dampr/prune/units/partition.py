@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .axes import narrow
-from .ledger import Bools, Ints, Ledger, Product, Reason, Split
+from .axes import first_along, narrow, varying
+from .ledger import Bools, Ints, Ledger, Product, Reason, Split, line
 
 _HALF = 31  # a pair of units is packed into one int64, 31 bits each; there are far fewer than 2^31 units
 _LOW = (1 << _HALF) - 1
@@ -245,12 +245,34 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         numbers=ledger.numbers,
         columns=columns,
         summed=_marked(ledger.count, ledger.summed),
-        products=ledger.products,
+        products=[_factored(product, label) for product in ledger.products],
         counted=[*ledger.counted, *(("", units[~read]) for units, read, _ in sums)],
         normed=ledger.normed,
         within=ledger.within,
         in_groups=ledger.in_groups,
     )
+
+
+def _factored(product: Product, label: Ints) -> Product:
+    """The product with factors in the place of axes that overlap.
+
+    Of an axis that is the same in every head its units in one head count. Of axes whose units are whole heads one
+    counts.
+    """
+    if not product.overlapping:
+        return product
+    common = set.intersection(*(varying(axis) for axis in product.overlapping))
+    lines: list[Ints] = []
+    heads: list[Ints] = []
+    for axis in product.overlapping:
+        alike, whole = first_along(axis, common), first_along(axis, varying(axis) - common)
+        if (label[axis.numpy()] == label[alike.numpy()]).all():
+            lines.append(line(alike))
+        elif (label[axis.numpy()] == label[whole.numpy()]).all():
+            heads.append(line(whole))
+        else:
+            lines.append(line(axis))
+    return replace(product, factors=[*product.factors, *lines, *heads[:1]], overlapping=[])
 
 
 def joined(label: Ints, pairs: Ints) -> Ints:
