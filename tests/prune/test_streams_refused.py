@@ -42,6 +42,12 @@ class Odd(nn.Module):
         if what == "shared":
             self.other.weight = self.embedding.weight
         self.grouped, self.rms = nn.Conv1d(E, E, 1, groups=2), nn.RMSNorm(E)
+        used = {"read before": ("up", "down"), "flattened": ("scores",), "shared": ("same", "other")}
+        used |= {"groups": ("grouped",), "rms": ("rms",)}
+        kept = used.get(what, ()) if what in ("shared", "flattened") else (*used.get(what, ()), "head")
+        for name in ("up", "down", "scores", "same", "other", "grouped", "rms", "head"):
+            if name not in kept:  # what nothing reads might have the width of the stream
+                delattr(self, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embedding(x)

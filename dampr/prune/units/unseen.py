@@ -23,17 +23,17 @@ def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
 
     Such modules are experts to which no row of the examples goes, or the other branch of an ``if``. Beside modules with
     parameters of the same names and shapes they are taken to have the widths of these. Else they may have every width
-    of one of their sizes that leads from one module beside them to another. A bias or gain that a layer has and does
-    not use is cut with the layer.
+    of one of their sizes that leads from one module beside them to another. Vectors that nothing uses (a token, a norm,
+    a bias) are often left over, so they say nothing, but for lists of vectors alike.
     """
     reached = [name for name in units.origin if units.reached.get(name)]
     found: dict[int, str] = {}
     for above, unseen in _highest(parameters.intersection(units.origin).difference(reached), reached):
         shapes = _shapes(units, parameters, above, unseen)
-        if all(len(dims) < 2 and not name for name, dims in shapes.items()) and not _has_parts(reached, above):
-            continue
         beside = {part for name in reached if (part := _part(name, above)) is not None}
         alike = {part for part in beside if _shapes(units, parameters, above, part) == shapes}
+        if alike != beside and all(len(dims) < 2 for dims in shapes.values()):
+            continue
         sizes = {size for own in shapes.values() for _, size in own}
         reason = (
             f"the example inputs do not reach {_joined(above, unseen)!r}, which may share its width: give inputs that "
@@ -71,11 +71,6 @@ def _part(name: str, above: str) -> str | None:
     if above and not name.startswith(f"{above}."):
         return None
     return name.removeprefix(f"{above}.").split(".")[0]
-
-
-def _has_parts(names: Iterable[str], above: str) -> bool:
-    """Whether a parameter lies in a module within the module ``above``."""
-    return any(name.removeprefix(f"{above}.").count(".") for name in names if _part(name, above) is not None)
 
 
 def _shapes(units: Units, parameters: set[str], above: str, part: str) -> dict[str, list[tuple[int, int]]]:
