@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 MINUTES ?= 60
 STEPS ?= 10000
 FAST := -m "not slow and not long" -q
-BEHIND := tests/nn tests/ops tests/gates tests/testing tests/integrations
+BEHIND := tests/nn tests/ops tests/gates tests/testing tests/integrations tests/distributed
 
 .PHONY: help install demo test verify emulate bench gpu examples plots docs lint format fuzz sanitize soak clean \
 	test-fast test-long test-latest test-floor test-no-extension test-no-triton packaging sdist wheels
