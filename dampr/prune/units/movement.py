@@ -1,4 +1,4 @@
-"""Rules of operators that move elements (views, ``permute``, ``cat``, slices, indexing) and compute nothing.
+"""Rules of operators that move elements (views, ``permute``, ``cat``, slices) and compute nothing.
 
 An axis holds the unit of every element of its tensor, so these rules mostly apply the same operator to the axes. For
 example ``x.permute(0, 2, 1)`` of a tensor (B, C, T) whose channels have the axis (1, C, 1) gives the axis (1, 1, C).
@@ -9,14 +9,13 @@ goes on to use both halves in the same way, so both must lose the same channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import rules
-from .axes import Axes, along, at_rank, first_along, moving, narrow, varying
+from .axes import Axes, along, at_rank, narrow, varying
 from .ledger import Marks
 
 if TYPE_CHECKING:
@@ -273,62 +272,6 @@ def _pad(call: Call) -> Axes:
     return out
 
 
-@rules.rule("index index_select gather take_along_dim")
-def _index(call: Call) -> Axes:
-    """The rule of picking by an index tensor, whose values the trace does not know.
-
-    Units along the picked dimensions are fixed if the axis changes along nothing else. Otherwise all picked indices
-    become alike, and units along the other dimensions stay apart.
-    """
-    tensor, out = call.args[0], []
-    for index in call.given[1:]:
-        call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
-    hit = _indexed(call)
-    for axis in call.axes(tensor):
-        picked, line = varying(axis) & hit, first_along(axis, hit)
-        if picked and not varying(axis) - hit:
-            call.ledger.fix(axis, call.why("picked", "its channels are picked by an index"))
-        elif picked:
-            call.ledger.unite(axis, line, call)
-        if varying(line):
-            out.append(_placed(call, line, hit) if call.name == "index" else line)
-    return out
-
-
-def _indexed(call: Call) -> set[int]:
-    """The dimensions of the first argument that an index picks from."""
-    tensor = call.args[0]
-    if call.name not in ("index", "index_put"):
-        return {call.args[1] % max(tensor.dim(), 1)}
-    hit: set[int] = set()
-    at = 0
-    for index in call.args[1]:
-        many = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
-        if index is not None:
-            hit |= set(range(at, at + many))
-        at += many
-    return hit
-
-
-def _placed(call: Call, line: Tensor, hit: set[int]) -> Tensor:
-    """The axis in the shape of the result of ``tensor[indices]``.
-
-    Dimensions that come from the indices stand where the first picked dimension was if the picked ones are neighbours,
-    else in front.
-
-    Args:
-        call: the call.
-        line: the axis at index 0 of every picked dimension.
-        hit: the picked dimensions.
-    """
-    rest = [d for d in range(line.dim()) if d not in hit]
-    new = call.out.dim() - len(rest)
-    neighbours = sorted(hit) == list(range(min(hit), max(hit) + 1))
-    at = sum(d < min(hit) for d in rest) if neighbours else 0
-    sizes = [line.shape[d] for d in rest]
-    return line.permute(*rest, *sorted(hit)).reshape(sizes[:at] + [1] * new + sizes[at:])
-
-
 @rules.rule("pixel_shuffle")
 def _pixel_shuffle(call: Call) -> Axes:
     """The rule of (B, C r^2, H, W) as (B, C, H r, W r): the r^2 channels that make one channel of the result become one
@@ -411,113 +354,3 @@ def _glu(call: Call) -> Axes:
     for axis in call.axes(tensor):
         equal_parts(call, axis, dim, 2)
     return [narrow(a.narrow(dim, 0, tensor.shape[dim] // 2)) if a.shape[dim] > 1 else a for a in call.axes(tensor)]
-
-
-@rules.rule("index_add index_copy index_reduce scatter scatter_add scatter_reduce")
-def _rows(call: Call) -> Axes | tuple[Axes, ...]:
-    """The rule of writing rows that data picks (``x.index_add(0, index, value)``), or elements of each column
-    (``x.scatter_add(0, index, value)``).
-
-    If the index of a column is not that of all, the call counts as an unknown operator.
-    """
-    tensor, index, value = call.args[0], call.args[2], call.args[3]
-    dim = call.args[1] % tensor.dim()
-    call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
-    if not isinstance(value, Tensor) or value.dim() not in (0, tensor.dim()):
-        return rules.opaque(call)
-    shapes = {tuple(n for d, n in enumerate(t.shape) if d != dim) for t in (tensor, index, value)}
-    if call.name.startswith("scatter") and len(shapes) > 1:
-        return rules.opaque(call)
-    return _meet_rows(call, value, {dim}, dim, 1)
-
-
-@rules.rule("index_put")
-def _put(call: Call) -> Axes | tuple[Axes, ...]:
-    """The rule of ``x[i, :, j] = value``, for whole numbers and masks."""
-    hit = _indexed(call)
-    given = [index for index in call.args[1] if index is not None]
-    for index in given:
-        call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
-    new = max(1 if index.dtype in (torch.bool, torch.uint8) else index.dim() for index in given)
-    neighbours = max(hit) - min(hit) + 1 == len(hit)
-    return _meet_rows(call, call.args[2], hit, min(hit) if neighbours else 0, new)
-
-
-def _meet_rows(call: Call, value: Tensor, hit: set[int], at: int, new: int) -> Axes | tuple[Axes, ...]:
-    """The axes after ``value`` was written at the indices of the first argument that data picks.
-
-    The units along the other dimensions meet. If units change along a picked dimension, the call counts as an unknown
-    operator.
-
-    Args:
-        call: the call.
-        value: what is written; it broadcasts to the shape of what is picked.
-        hit: the dimensions from which data picks.
-        at, new: where the dimensions of the indices begin in ``value``, and how many they are.
-    """
-    tensor = call.args[0]
-    rank = tensor.dim() - len(hit) + new
-
-    def unpicked(sizes: Iterable[int]) -> list[int]:
-        """The sizes of a tensor like ``value`` in the dimensions of the first argument; 1 where data picks."""
-        every = list(sizes)
-        rest = iter(every[:at] + every[at + new :])
-        return [1 if d in hit else next(rest) for d in range(tensor.dim())]
-
-    axes = [at_rank(axis, rank) for axis in call.axes(value)]
-    if any(varying(axis) & hit for axis in call.axes(tensor)) or any(
-        varying(axis) & set(range(at, at + new)) for axis in axes
-    ):
-        return rules.opaque(call)
-    shape, operands = [1 if d in hit else n for d, n in enumerate(tensor.shape)], []
-    if (own := rules.operand(call, tensor)) is not None:
-        operands.append((own[0], [1 if d in hit else n for d, n in enumerate(own[1])]))
-    if value.dim() and (given := rules.operand(call, value)) is not None:
-        sizes = unpicked([1] * (rank - value.dim()) + given[1])
-        operands.append((Marks([axis.reshape(unpicked(axis.shape)) for axis in axes]), sizes))
-    met = call.ledger.meet(shape, operands, call)
-    ahead = rank - value.dim()
-    rules.meet_constants(call, tensor, met, range(tensor.dim()))
-    rules.meet_constants(call, value, met, [n - ahead - 1 for n in unpicked(range(1, rank + 1))])
-    return met
-
-
-@rules.rule("masked_scatter")
-def _masked_rows(call: Call) -> Axes | tuple[Axes, ...]:
-    """The rule of ``x.masked_scatter(mask, source)`` where the mask picks whole rows: the elements of ``source``, in
-    order, take their places.
-
-    Units along the dimensions of a row meet. If units of ``source`` change along others, or the mask picks parts of
-    rows, the call counts as an unknown operator.
-    """
-    tensor, mask, source = call.args[:3]
-    whole = list(call.out.shape)
-    row = 0  # the number of dimensions of a row
-    while row < min(len(whole), source.dim()) and source.shape[-1 - row] == whole[-1 - row]:
-        if row < mask.dim() and not call.even(mask, {mask.dim() - 1 - row}):
-            break
-        row += 1
-    ahead = source.dim() - row
-    if not row or any(dim < ahead for axis in call.axes(source) for dim in varying(axis)):
-        return _unknown_if_units(call)
-    call.ledger.fix(call.axes(mask), call.why("picked", "its channels are used as an index"))
-    operands = [own] if (own := rules.operand(call, tensor)) is not None else []
-    if (given := rules.operand(call, source)) is not None:
-        operands.append((Marks([axis.reshape(axis.shape[ahead:]) for axis in given[0].axes]), given[1][ahead:]))
-    met = call.ledger.meet(whole, operands, call)
-    rules.meet_constants(call, tensor, met, [d - len(whole) + tensor.dim() for d in range(len(whole))])
-    rules.meet_constants(call, source, met, [d - len(whole) + source.dim() for d in range(len(whole))])
-    return met
-
-
-@rules.rule("slice_scatter select_scatter")
-def _unknown_if_units(call: Call) -> Axes | tuple[Axes, ...]:
-    """The rule of scatters: an unknown operator for tensors with units, and nothing for others."""
-    return rules.opaque(call) if any(moving(marks.axes) for marks in call.marks if marks is not None) else []
-
-
-@rules.rule("nonzero argwhere unique_dim _unique2 bincount histc one_hot bucketize searchsorted")
-def _read_as_data(call: Call) -> Axes | tuple[Axes, ...]:
-    """The rule of operators that read values as indices or classes: the units that they read are fixed."""
-    call.ledger.fix(call.axes(call.args[0]), call.why("picked", "its channels are used as an index"))
-    return [] if isinstance(call.out, Tensor) else tuple([] for _ in call.out)

@@ -1,9 +1,9 @@
 """One rule for each ATen operator: it turns a :class:`~.call.Call` into the axes of the result (a tuple of axes for
 several results).
 
-The rules of movement, contraction and reduction are in modules of their own; one table holds all rules. An operator
-without a rule is elementwise if torch tags it as pointwise; else it is decomposed if torch can do so; else it is
-opaque, and none of the units of its inputs may be cut.
+The rules of movement, indexing, contraction and reduction are in modules of their own; one table holds all rules. An
+operator without a rule is elementwise if torch tags it as pointwise; else it is decomposed if torch can do so; else it
+is opaque, and none of the units of its inputs may be cut.
 """
 
 from __future__ import annotations
@@ -198,4 +198,4 @@ def opaque(call: Call, what: str = "of which nothing is known") -> Axes | tuple[
     return [] if isinstance(call.out, Tensor) or call.out is None else tuple([] for _ in call.out)
 
 
-from . import contraction, movement, reduction  # noqa: E402, F401  (they fill the table)
+from . import contraction, indexing, movement, reduction  # noqa: E402, F401  (they fill the table)
