@@ -78,7 +78,7 @@ class Merged(nn.Module):
     def __init__(self, write: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.words, self.features, self.head, self.write = nn.Linear(8, 12), nn.Linear(6, 12), nn.Linear(12, 3), write
-        self.token = nn.Parameter(torch.randn(12))
+        self.token = nn.Parameter(torch.randn(12)) if write is token_by_mask else torch.zeros(())
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         y: Tensor = self.head(F.relu(self.write(self.words(x), self.features(f), self.token)))

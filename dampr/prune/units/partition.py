@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .axes import first_along, narrow, varying
+from .axes import narrow, varying
 from .ledger import Bools, Ints, Ledger, Product, Reason, Split, line
 
 _HALF = 31  # a pair of units is packed into one int64, 31 bits each; there are far fewer than 2^31 units
@@ -256,23 +256,17 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
 def _factored(product: Product, label: Ints) -> Product:
     """The product with factors in the place of axes that overlap.
 
-    Of an axis that is the same in every head its units in one head count. Of axes whose units are whole heads one
-    counts.
+    Dimensions along which an axis has the same classes do not count, and of axes that then are the same (keys and
+    values, of which whole heads may go) one does.
     """
-    if not product.overlapping:
-        return product
-    common = set.intersection(*(varying(axis) for axis in product.overlapping))
-    lines: list[Ints] = []
-    heads: list[Ints] = []
+    found: dict[tuple[torch.Size, bytes], Ints] = {}
     for axis in product.overlapping:
-        alike, whole = first_along(axis, common), first_along(axis, varying(axis) - common)
-        if (label[axis.numpy()] == label[alike.numpy()]).all():
-            lines.append(line(alike))
-        elif (label[axis.numpy()] == label[whole.numpy()]).all():
-            heads.append(line(whole))
-        else:
-            lines.append(line(axis))
-    return replace(product, factors=[*product.factors, *lines, *heads[:1]], overlapping=[])
+        for dim in varying(axis):
+            first = axis.narrow(dim, 0, 1)
+            if (label[axis.numpy()] == label[first.numpy()]).all():
+                axis = first
+        found.setdefault((axis.shape, label[axis.numpy()].tobytes()), line(axis))
+    return replace(product, factors=[*product.factors, *found.values()], overlapping=[])
 
 
 def joined(label: Ints, pairs: Ints) -> Ints:

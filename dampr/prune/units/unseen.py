@@ -23,8 +23,8 @@ def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
 
     Such modules are experts to which no row of the examples goes, or the other branch of an ``if``. Beside modules with
     parameters of the same names and shapes they are taken to have the widths of these. Else they may have every width
-    of one of their sizes that leads from one module beside them to another. Vectors that nothing uses (a token, a norm,
-    a bias) are often left over, so they say nothing, but for lists of vectors alike.
+    of one of their sizes that leads from one module beside them to another. A norm or a bias that nothing uses is often
+    left over, so it says nothing, unless it stands in a list of others alike.
     """
     reached = [name for name in units.origin if units.reached.get(name)]
     found: dict[int, str] = {}
@@ -32,7 +32,8 @@ def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
         shapes = _shapes(units, parameters, above, unseen)
         beside = {part for name in reached if (part := _part(name, above)) is not None}
         alike = {part for part in beside if _shapes(units, parameters, above, part) == shapes}
-        if alike != beside and all(len(dims) < 2 for dims in shapes.values()):
+        token = "" in shapes and _has_parts(reached, above)
+        if alike != beside and not token and all(len(dims) < 2 for dims in shapes.values()):
             continue
         sizes = {size for own in shapes.values() for _, size in own}
         reason = (
@@ -71,6 +72,11 @@ def _part(name: str, above: str) -> str | None:
     if above and not name.startswith(f"{above}."):
         return None
     return name.removeprefix(f"{above}.").split(".")[0]
+
+
+def _has_parts(names: Iterable[str], above: str) -> bool:
+    """Whether a parameter lies in a module within the module ``above``."""
+    return any(name.removeprefix(above).lstrip(".").count(".") for name in names if _part(name, above) is not None)
 
 
 def _shapes(units: Units, parameters: set[str], above: str, part: str) -> dict[str, list[tuple[int, int]]]:
