@@ -178,7 +178,10 @@ def differs(
     if found is None:
         return None
     # Where values decide which way a model takes, the whole one may take another way than one with closed units.
-    masked = _traced(mask(inputs.copied(model), units, classes), units, samples)
+    try:
+        masked = _traced(mask(inputs.copied(model), units, classes), units, samples)
+    except Exception:  # some models raise if some of their values are 0
+        return found
     if (masked.numbers, masked.reached) == (units.numbers, units.reached):
         return found
     gone = {masked.classes(m.name, m.dim)[i] for one in classes for m in units.members[one] for i in m.indices}
