@@ -31,10 +31,10 @@ def cut_in_half(model: nn.Module, x: Any) -> nn.Module:
     return small
 
 
-def assert_exact(model: nn.Module, x: Any, at_most: float = 1.0) -> None:
+def assert_exact(model: nn.Module, x: Any, at_most: float = 1.0, *, residual: bool = False) -> None:
     """Assert that a dense model loses half of its units as foretold, and that less than ``at_most`` of its
     multiply-accumulates are left.
     """
-    model = dampr.convert(model.eval(), example_inputs=x)
+    model = dampr.convert(model.eval(), example_inputs=x, residual=residual)
     cost = Cost(halved(model), x, "macs")
     assert count_macs(cut_in_half(model, x), x) == float(cost(cost.decision())) < at_most * cost.total

@@ -18,7 +18,7 @@ from .embedding import GatedEmbedding
 from .heads import GatedHeads
 from .layer_norm import GatedLayerNorm
 from .linear import GatedLinear
-from .open_statistics import OpenStatistics
+from .open_statistics import OpenStatistics, OpenWeight
 from .parameter import GatedParameter
 from .pruned import (
     PrunedMultiheadAttention,
@@ -66,6 +66,7 @@ __all__ = [
     "GatedTransformerDecoderLayer",
     "GatedTransformerEncoderLayer",
     "OpenStatistics",
+    "OpenWeight",
     "PrunedMultiheadAttention",
     "PrunedTransformerDecoderLayer",
     "PrunedTransformerEncoderLayer",

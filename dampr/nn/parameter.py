@@ -164,12 +164,17 @@ def put_on(module: nn.Module, name: str, gates: GatedParameter, *, divided: bool
     if divided:
         with torch.no_grad():
             parameter.data = gates.right_inverse(parameter).detach()
+    give_property(module, name)
+    chain: Any = module._modules[name + _GATES]
+    chain.append(gates)
+
+
+def give_property(module: nn.Module, name: str) -> None:
+    """Make reading the parameter ``name`` return the product with its gates, of which there are none yet."""
     names = _gated_names(module)
     if name not in names:
         module.add_module(name + _GATES, nn.ModuleList().train(module.training))
         _give_class(module, _plain_class(module), [*names, name])
-    chain: Any = module._modules[name + _GATES]
-    chain.append(gates)
 
 
 def take_off(module: nn.Module, name: str, *, folded: bool) -> None:
@@ -215,6 +220,7 @@ def is_on(module: nn.Module, name: str) -> bool:
 
 
 _GATES = "_gates"  # at the end of the name of the child that holds the gates of a parameter
+OPEN_STATISTICS = "open_statistics"  # the name of the child that makes a norm count only open elements
 
 
 class _WithGates:
@@ -359,14 +365,18 @@ def _not_replaced(name: str, module: Any) -> RuntimeError:
 
 
 def _product(name: str, module: nn.Module) -> Any:
-    """The property's getter: the parameter times all its gates."""
+    """The property's getter: the parameter times all its gates.
+
+    In a layer that standardises its weight, :class:`dampr.nn.OpenWeight` has the last word.
+    """
     value: Any = module._parameters[name]
     chain: Any = module._modules[name + _GATES]
     if type(value).__name__ == "DTensor" and (value.device_mesh.ndim > 1 or not chain[0].sharded):
         return value  # fully_shard reads the sharded parameter itself, outside of a forward: no gates
     for gates in chain:
         value = gates(value)
-    return value
+    statistics: Any = module._modules.get(OPEN_STATISTICS)
+    return value if statistics is None else statistics.as_read(name, value)
 
 
 @contextlib.contextmanager

@@ -52,8 +52,8 @@ def expand(model: Model) -> Model:
     Returns: a new model in the same training mode, without a manifest.
 
     Raises: ValueError where the manifest is missing or does not fit the model, or where channels were cut in front of a
-    LayerNorm: a wider one would count those that come back, zeros or not, so no plain model of the old widths computes
-    the same.
+    LayerNorm or another layer that counts them: a wider one would count those that come back, zeros or not, so no plain
+    model of the old widths computes the same.
 
     >>> import dampr
     >>> x = torch.randn(8, 4)
@@ -76,13 +76,9 @@ def expand(model: Model) -> Model:
     del large.dampr_manifest
     if "tensors" in manifest:
         return cast(Model, _widened(large, manifest))
-    for name, entry in manifest["layers"].items():
-        if isinstance(_layer(large, name), nn.LayerNorm):
-            before = entry.get("out", {}).get("before")
-            raise ValueError(
-                f"{name}: channels in front of this LayerNorm were cut ({before} before), and a wider one would "
-                "count those that come back; expected a model whose residual stream has kept its width"
-            )
+    for name in manifest["layers"]:
+        if isinstance(layer := _layer(large, name), nn.LayerNorm):
+            raise _counts(name, layer)
     conv1d = transposed.to_linear(large)
     attentions = {attention.name: attention for attention in heads.find(large)}
     for name, entry in manifest["layers"].items():
@@ -145,6 +141,8 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
 
     Changes ``large`` in place and returns it. Raises: ValueError as :func:`expand` does.
     """
+    for name in manifest.get("counting", []):
+        raise _counts(name, _layer(large, name))
     grown: dict[int, Tensor] = {}
     checked = []
     for name in manifest["tensors"]:
@@ -170,6 +168,14 @@ def _widened(large: nn.Module, manifest: dict[str, Any]) -> nn.Module:
     follow_all(large, {large.get_submodule(name.rpartition(".")[0]) for name, _, _ in checked})
     restore_sizes(large, manifest)
     return large
+
+
+def _counts(name: str, layer: nn.Module) -> ValueError:
+    """The error for a layer whose statistics would count what comes back."""
+    return ValueError(
+        f"{name}: channels that this {type(layer).__name__} counts were cut, and a wider one would count those that "
+        "come back; expected a model in which no statistic is computed over a width that was cut"
+    )
 
 
 def _layer(model: nn.Module, name: str) -> Any:

@@ -34,6 +34,9 @@ def check(manifest: Any) -> None:
         for side in places_of(manifest, name):
             places_in(side)
     sizes_of(manifest)
+    counting = manifest.get("counting", [])
+    if not isinstance(counting, list) or not all(isinstance(name, str) for name in counting):
+        raise ValueError(f"manifest: counting={counting!r:.80}, expected a list of the names of modules")
 
 
 def _check_units(name: str, units: Any) -> None:

@@ -1,77 +1,142 @@
 """Finds the norms of a model that can be made to count only open units, whatever their types.
 
 A norm over channels divides by the number of all channels. If units are closed, a smaller model divides by fewer, so
-the masked model must count only open units too (:class:`dampr.nn.OpenStatistics`).
+the masked model must count only open units too (:class:`dampr.nn.OpenStatistics`). The same holds for layers that
+standardise their weights over what these read (:class:`dampr.nn.OpenWeight`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dampr.gates import Fixed, Gate
-from dampr.nn.open_statistics import OpenStatistics, put_on
+from dampr.nn.open_statistics import OpenStatistics, OpenWeight, put_on
 
 from . import hooks, inputs
+from .layers.registry import kind_of
 from .units import Units
+from .units.ledger import Ints
 
 
 @dataclass(frozen=True)
 class OpenNorm:
-    """A module that computes statistics over units along one dimension of its input.
+    """A module that computes statistics over units along one dimension of its input, or of its weight.
 
     Attributes:
         classes: the class of each element of that dimension.
         dim: the dimension.
-        centred, whole: as in :class:`dampr.nn.OpenStatistics`.
+        centred, whole, correction, offset: as in :class:`dampr.nn.OpenStatistics`.
+        weight: None for a norm; for a layer that standardises its weight the keyword arguments ``owned``, ``over`` and
+            ``channels`` of :class:`dampr.nn.OpenWeight`.
     """
 
     classes: tuple[int, ...]
     dim: int
     centred: bool
-    whole: bool
+    whole: bool = False
+    correction: int | None = 0
+    offset: str = "bias"
+    weight: dict[str, Any] | None = None
 
     def statistics(self, gate: Gate, index: Tensor) -> OpenStatistics:
         """The statistics over open units for a module of this kind; ``index`` is the gate of each element, as in
         ``gate``.
         """
-        return OpenStatistics(gate, index, self.dim, centred=self.centred, whole=self.whole)
+        own: dict[str, Any] = {"centred": self.centred, "correction": self.correction, "offset": self.offset}
+        if self.weight is not None:
+            return OpenWeight(gate, index, self.dim, **own, **self.weight)
+        return OpenStatistics(gate, index, self.dim, whole=self.whole, **own)
+
+    def without(self, classes: Collection[int], device: Any) -> OpenStatistics:
+        """The statistics without these classes."""
+        gone = set(classes)
+        values = torch.tensor([float(one not in gone) for one in self.classes], device=device)
+        return self.statistics(Fixed(values), torch.arange(len(values), device=device))
 
 
-def find(model: nn.Module, units: Units, example_inputs: Any) -> dict[str, OpenNorm]:
+def find(model: nn.Module, units: Units, example_inputs: Any, *, of_weights: bool = False) -> dict[str, OpenNorm]:
     """name -> norm, for the norms of a plain model.
 
     A norm is a module without children that has one input and one output of the same shape, and whose statistics all
-    run over the same units.
+    run over the same units. A layer that standardises its weight counts as a norm too.
+
+    ``of_weights``: only those whose statistics run over weights.
     """
+    weights: dict[str, set[tuple[str, int]]] = defaultdict(set)
     lines: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for name, line in units.counted:
-        lines[name].add(tuple(units.label[line].tolist()))
-    modules = {name: model.get_submodule(name) for name, found in lines.items() if name and len(found) == 1}
-    modules = {name: norm for name, norm in modules.items() if not norm._modules}
+        if not name or units.fixed.keys() >= set(units.label[line].tolist()) or model.get_submodule(name)._modules:
+            continue
+        if (columns := _columns(model, units, name, line)) is not None:
+            weights[name].add(columns)
+        elif not of_weights:
+            lines[name].add(tuple(units.label[line].tolist()))
+    names = [name for name in {**lines, **weights} if len([*lines[name], *weights[name]]) == 1]
+    calls = _calls(model, names, example_inputs) if names else {}
+    found = {}
+    for name in names:
+        layer, norm = model.get_submodule(name), None
+        if name in calls and lines[name]:
+            (classes,) = lines[name]
+            dims = {_dim(*call, len(classes)) for call in calls[name]}
+            dim = dims.pop() if len(dims) == 1 else None
+            norm = None if dim is None else _of_input(layer, classes, dim, calls[name][0])
+        elif name in calls:
+            ((full, dim),) = weights[name]
+            owner, _, own = full.rpartition(".")
+            about = tuple(units.classes(full, dim)), dim, calls[name][0]
+            norm = _of_weight(layer, own, *about) if owner == name else _of_input(layer, *about)
+        if norm is not None:
+            found[name] = _exact(layer, name, norm, units, calls[name][0][0][0])
+    return found
+
+
+def _columns(model: nn.Module, units: Units, name: str, line: Ints) -> tuple[str, int] | None:
+    """(parameter, dimension) whose columns a statistic over the units ``line`` counts in module ``name``: a parameter
+    of it, or the one that it parametrizes. None if it counts none of these.
+    """
+    owner = name.rpartition(".")[0] if ".parametrizations." in name else name
+    for own, _ in model.get_submodule(owner).named_parameters(recurse=False):
+        full = f"{owner}.{own}"
+        for dim, first, size in units.origin[units.alias[full]] if full in units.alias else ():
+            if units.is_column(full, dim) and ((line >= first) & (line < first + size)).any():
+                return full, dim
+    return None
+
+
+def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[str, list[tuple[Any, Any]]]:
+    """name -> (arguments, output) of each call of these modules."""
     calls: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def note(name: str) -> Any:
-        """A forward hook that notes the arguments and the output of norm ``name``."""
+        """A forward hook that notes the arguments and the output of module ``name``."""
         return lambda norm, args, kwargs, output: calls[name].append(((*args, *kwargs.values()), output))
 
     with (
-        hooks.removing([norm.register_forward_hook(note(name), with_kwargs=True) for name, norm in modules.items()]),
+        hooks.removing(
+            [model.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in names]
+        ),
         inputs.unfused(),  # fused encoder layers use nested tensors, which have no shape
     ):
         inputs.evaluate(model, example_inputs)
-    found = {}
-    for name, norm in modules.items():
-        (classes,) = lines[name]
-        dims = {_dim(*call, len(classes)) for call in calls[name]}
-        if len(dims) == 1 and (dim := dims.pop()) is not None:
-            found[name] = OpenNorm(classes, dim, *_statistics_of(norm, *calls[name][0], dim))
-    return found
+    return calls
+
+
+def _of_input(norm: nn.Module, classes: tuple[int, ...], dim: int, call: tuple[Any, Any]) -> OpenNorm:
+    """What is known about a norm that normalises dimension ``dim``, from one call."""
+    (x,), _ = call
+    of_place, of_sample = (
+        _ignores(x, [1 if d in over else n for d, n in enumerate(x.shape)], norm)
+        for over in ((dim % x.dim(),), range(1, x.dim()))
+    )
+    return OpenNorm(classes, dim, of_sample, of_sample and not of_place)
 
 
 def _dim(args: Any, output: Any, size: int) -> int | None:
@@ -87,34 +152,91 @@ def _dim(args: Any, output: Any, size: int) -> int | None:
     return next((dim for dim in (-1, 1) if len(shape) > 1 and shape[dim] == size), None)
 
 
-@torch.no_grad()
-def _statistics_of(norm: nn.Module, args: Any, output: Tensor, dim: int) -> tuple[bool, bool]:
-    """(whether a norm subtracts a mean, whether it is the mean of a whole sample).
-
-    Constants are added to its input: a norm that subtracts a mean over some dimensions ignores constants along these.
+def _of_weight(
+    layer: nn.Module, owned: str, classes: tuple[int, ...], dim: int, call: tuple[Any, Any]
+) -> OpenNorm | None:
+    """What is known about a layer that standardises its parameter ``owned``, whose columns are dimension ``dim``; None
+    if its call is not that of a linear layer or a convolution.
     """
-    (x,) = args
+    weight, (args, output) = layer.get_parameter(owned), call
+    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor) or weight.dim() < 2:
+        return None
+
+    def run(value: Tensor) -> Tensor:
+        """The output with another weight."""
+        return cast(Tensor, torch.func.functional_call(layer, {owned: value}, args))
+
+    every = range(weight.dim())
+    choices = [(dim,), tuple(every[1:]), tuple(every)]
+    shapes = [[1 if d in over else n for d, n in enumerate(weight.shape)] for over in choices]
+    centred = [over for over, shape in zip(choices, shapes, strict=True) if _ignores(weight, shape, run)]
+    own = {"owned": owned, "over": centred[0] if centred else choices[1], "channels": 1 if weight.dim() > 2 else -1}
+    return OpenNorm(classes, dim, bool(centred), weight=own)
+
+
+@torch.no_grad()
+def _ignores(x: Tensor, shape: list[int], run: Callable[[Tensor], Any]) -> bool:
+    """Whether ``run(x)`` stays the same if random constants of this shape are added to x.
+
+    A norm that subtracts a mean over some dimensions ignores constants that do not change along these.
+    """
     generator = torch.Generator().manual_seed(0)
+    constants = (1 + torch.rand(shape, generator=generator)).to(x.device, x.dtype) * x.abs().mean().clamp(min=1e-3)
+    output = [run(x)]
+    return not inputs.differ(output, [run(x + constants)], 0.0, 0.02 * inputs.size(output))
 
-    def ignores(dims: tuple[int, ...]) -> bool:
-        """Whether the output stays the same if a random constant is added that does not change along ``dims``."""
-        shape = [1 if d in dims else size for d, size in enumerate(x.shape)]
-        constants = (1 + torch.rand(shape, generator=generator)).to(x.device, x.dtype) * x.abs().mean().clamp(min=1e-3)
-        return not inputs.differ([output], [norm(x + constants)], 0.0, 0.02 * inputs.size([output]))
 
-    of_place, of_sample = ignores((dim % x.dim(),)), ignores(tuple(range(1, x.dim())))
-    return of_sample, of_sample and not of_place
+@torch.no_grad()
+def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor) -> OpenNorm:
+    """``norm`` with the ``correction`` and the ``offset`` with which a copy that leaves out half of the units computes
+    what a copy without these computes; ``norm`` itself if none does, or if the layer alone does not run.
+    """
+    gone = sorted(set(norm.classes).difference(units.fixed))[1::2]
+    left = torch.tensor([at for at, one in enumerate(norm.classes) if one not in gone]).to(x.device)
+    reads = norm.dim if norm.weight is None else norm.weight["channels"]
+    try:
+        wide = inputs.as_trained(layer, None, sure=True)
+        norm = replace(norm, offset=_offset(wide, x, reads))
+        expected = _cut_alone(copy.deepcopy(wide), name, units, gone)(x.index_select(reads, left))
+        for correction in (0, 1, None):
+            chosen, masked = replace(norm, correction=correction), copy.deepcopy(wide)
+            put_on(masked, chosen.without(gone, x.device))
+            found = masked(x)
+            found = found.index_select(reads, left) if norm.weight is None else found
+            if not inputs.differ([expected], [found], 1e-3, 1e-3 * inputs.size([expected])):
+                return chosen
+    except Exception:  # it keeps a number of its own, say; trials of the whole model decide
+        return norm
+    return norm
+
+
+def _offset(layer: nn.Module, x: Tensor, channels: int) -> str:
+    """The name of the parameter that the layer adds at the end: its output for zeros; "bias" if none is seen."""
+    added = layer(torch.zeros_like(x)).movedim(channels, -1).flatten(0, -2)[0]
+    names = (own for own, p in layer.named_parameters() if p.shape == added.shape and torch.allclose(p, added))
+    return next(names, "bias")
+
+
+def _cut_alone(layer: nn.Module, name: str, units: Units, classes: Iterable[int]) -> nn.Module:
+    """A layer of this name without the units of ``classes``; changed in place."""
+    gone = units.indices(classes)
+    tables: tuple[dict[str, Any], ...] = layer._parameters, layer._buffers
+    for held, own in ((table, own) for table in tables for own, t in table.items() if t is not None):
+        for dim, indices in gone.get(units.alias.get(f"{name}.{own}", ""), {}).items():
+            left = torch.tensor([at for at in range(held[own].shape[dim]) if at not in indices])
+            values = held[own].index_select(dim, left.to(held[own].device))
+            held[own] = nn.Parameter(values) if isinstance(held[own], nn.Parameter) else values
+    kind_of(layer).follow(layer)
+    return layer
 
 
 def close(model: nn.Module, norms: Mapping[str, OpenNorm], classes: Collection[int]) -> None:
     """Make the norms of a copy leave these classes out of their statistics."""
-    gone = set(classes)
     for name, norm in norms.items():
-        if not gone.isdisjoint(norm.classes):
+        if not set(classes).isdisjoint(norm.classes):
             module = model.get_submodule(name)
             device = next((t.device for t in (*module.parameters(), *model.parameters())), None)
-            values = torch.tensor([float(one not in gone) for one in norm.classes], device=device)
-            put_on(module, norm.statistics(Fixed(values), torch.arange(len(values), device=device)))
+            put_on(module, norm.without(classes, device))
 
 
 def in_one_vector(norms: Mapping[str, OpenNorm], vectors: Iterable[Iterable[int]]) -> dict[str, OpenNorm]:

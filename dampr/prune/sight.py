@@ -125,16 +125,25 @@ def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
     channels in the same place of every group as one unit. The trace with more multiply-accumulates in reach is
     returned.
     """
-    units = trace_units(model, example_inputs)
-    placement = unit_gates.place(model, units, example_inputs)
+    units, placement = _placed_within(model, example_inputs)
     gated = set(placement.classes())
     within = [name for name in sorted(units.in_groups) if gated.isdisjoint(units.classes(name, 0))]
     if within:
-        other = trace_units(model, example_inputs, within=within)
-        others = unit_gates.place(model, other, example_inputs)
+        other, others = _placed_within(model, example_inputs, within)
         if share_of_macs(other, others.classes()) > share_of_macs(units, placement.classes()):
             return other, others
     return units, placement
+
+
+def _placed_within(model: nn.Module, example_inputs: Any, within: Iterable[str] = ()) -> tuple[Units, Placement]:
+    """As :func:`_placed`, for these grouped convolutions whose groups all lose the same channels.
+
+    Layers that standardise their weights count only open units, so what they read may have gates.
+    """
+    units = trace_units(model, example_inputs, within=within)
+    layers = open_norms.find(model, units, example_inputs, of_weights=True)
+    units = units.with_open_statistics(layers)
+    return units, unit_gates.place(model, units, example_inputs, layers)
 
 
 def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:

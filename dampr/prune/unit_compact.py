@@ -79,6 +79,7 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
             for name, own in made.items()
         },
         "closed_but_kept": notes,
+        "counting": [name for name, own in structure.counted.items() if not set(own).isdisjoint(classes)],
     }
     return small, kept, manifest
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr.nn import GatedLayer, open_statistics
-from dampr.nn.open_statistics import norms_with_open_statistics
+from dampr.nn.open_statistics import OpenWeight, norms_with_open_statistics
 from dampr.nn.parameter import GatedParameter, gated_parameters, take_off
 
 from . import inputs
@@ -42,14 +42,14 @@ def has_unit_gates(model: nn.Module) -> bool:
 def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool = False) -> nn.Module:
     """A copy of ``model`` with plain parameters; ``folded``: multiplied by their gates as in evaluation."""
     plain = inputs.copied(model, example_inputs)
+    for _, norm, _ in norms_with_open_statistics(plain):
+        open_statistics.take_off(norm)
     made: dict[nn.Parameter, nn.Parameter] = {}  # keeps tied parameters tied; their gates are the same in all modules
     for owner, name in dict.fromkeys((owner, name) for owner, name, _ in gated_parameters(plain)):
         before: Any = owner._parameters[name]
         take_off(owner, name, folded=folded)
         after: Any = owner._parameters[name]
         owner._parameters[name] = made.setdefault(before, after)
-    for _, norm, _ in norms_with_open_statistics(plain):
-        open_statistics.take_off(norm)
     return plain
 
 
@@ -80,6 +80,10 @@ class UnitStructure(GateVector[GatedParameter]):
         self.counted = {
             name: self.units.label[line].tolist() for name, line in self.units.counted if name in self.counting
         }
+        for name, own in self.counting.items():
+            weight = f"{name}.{own.owned}" if isinstance(own, OpenWeight) else f"{name.rpartition('.')[0]}.original"
+            if isinstance(own, OpenWeight) or ".parametrizations." in name:
+                self.counted[name] = self.units.classes(weight, own.dim)
         self.notes: dict[str, str] = {}
         self.gate_of = self._gates_of_classes()
 

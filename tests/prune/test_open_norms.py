@@ -181,10 +181,8 @@ def test_the_stream_is_cut_in_half_exactly_as_foretold(network: str) -> None:
         given = x * scale if x.is_floating_point() else x
         a, b = inputs.evaluate(model, given), inputs.evaluate(small, given)
         assert inputs.gap(a, b) < 1e-12 * inputs.size(a)
-    large = dampr.expand(small)
-    assert {n: p.shape for n, p in large.named_parameters()} == {n: p.shape for n, p in build().named_parameters()}
-    a, b = inputs.evaluate(small, x), inputs.evaluate(large, x)
-    assert [t.shape for t in a] == [t.shape for t in b]
+    with pytest.raises(ValueError, match="counts were cut, and a wider one would count those that come back"):
+        dampr.expand(small)
 
 
 @pytest.mark.parametrize("gate", FAMILIES)

@@ -39,18 +39,6 @@ def rms(h):
     return h * (h.square().mean(1, keepdim=True) + 1e-5).rsqrt()
 
 
-class Standardised(nn.Module):
-    """A convolution whose weight is standardised over what it reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
-
-    def forward(self, x):
-        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
-        return F.conv2d(x, (self.weight - mean) / std, padding=1)
-
-
 class Equalised(nn.Module):
     """A convolution that is scaled by how many channels it reads (Karras et al. 2018)."""
 
@@ -69,7 +57,6 @@ RESPONSE_NORMS = {  # A3
     "behind a pool": nn.Sequential(nn.MaxPool2d(2), nn.LocalResponseNorm(2)),
 }
 ARITHMETIC = {  # B2
-    "weight standardisation": Standardised(),
     "equalised": Equalised(),
     "layer norm": lambda h: F.layer_norm(h.movedim(1, -1), h.shape[1:2]).movedim(-1, 1),
     "RMS by hand": rms,
@@ -219,33 +206,6 @@ def test_input_gates_leave_out_weights_that_other_code_reads():
     assert model.dampr_skipped["b"].startswith("other code reads its weight too")
     y = close(model).eval()(x)
     torch.testing.assert_close(dampr.compact(model, x)(x), y, rtol=1e-9, atol=1e-9)
-
-
-class StandardisedConv(nn.Conv2d):
-    """A convolution that standardises its weight over what it reads."""
-
-    def forward(self, x):
-        mean, std = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
-        return F.conv2d(x, (self.weight - mean) / std, self.bias, padding=1)
-
-
-def test_layers_of_other_classes_have_a_reason_too():
-    """Where no layer is left: what standardised weights read counts in their statistics;
-    what they write may go where others read it.
-    """
-    net = nn.Sequential(StandardisedConv(3, 8, 3), nn.ReLU(), StandardisedConv(8, 6, 3))
-    with pytest.raises(
-        dampr.prune.ConversionError,
-        match="'0': \"a statistic is computed over its channels|'0': 'a statistic is computed over",
-    ):
-        dampr.convert(net, IMAGE)
-    model = dampr.convert(
-        nn.Sequential(StandardisedConv(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3)).double(), IMAGE.double()
-    )
-    close(model)
-    y, small = model.eval()(IMAGE.double()), dampr.compact(model, IMAGE.double())
-    assert small[0].out_channels == 4
-    torch.testing.assert_close(small(IMAGE.double()), y, rtol=1e-9, atol=1e-9)
 
 
 class Auxiliary(nn.Module):

@@ -325,7 +325,7 @@ def test_files_lead_back_into_the_dense_original(case: str, tmp_path: Any) -> No
         alone = dampr.load(path)
         assert str(alone) == str(small)
         assert torch.equal(call(alone, x), call(small, x))
-    with pytest.raises(ValueError, match="channels in front of this LayerNorm were cut"):
+    with pytest.raises(ValueError, match="channels that this LayerNorm counts were cut"):
         dampr.expand(small)
 
 
