@@ -81,7 +81,7 @@ class UnitLayouts:
         for size in self._sizes:
             places = layout.tensors.get(size.parameter, [])
             if size.dim < len(places) and (place := places[size.dim]) is not None:
-                now = size.before * len(place[1]) // size.width
+                now = size.after(set(range(place[0])).difference(place[1].tolist()))
                 layout.sizes.setdefault(size.module, {})[size.attribute] = Sized(size.before, now)
         for name, module in self._structure.plain.named_modules():
             kept = layout.tensors.get(f"{name}.weight_hh_l0".lstrip("."), [])

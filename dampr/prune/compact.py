@@ -94,7 +94,7 @@ def compact(
     for name, bound in (("atol", atol), ("rtol", rtol)):
         if bound is not None:
             _checks.number(name, bound, 0)
-    samples = [example_inputs, inputs.perturbed(example_inputs)]
+    samples = inputs.samples(model, example_inputs)
     masked = [inputs.comparable(model, sample) for sample in samples]
     atol, rtol = inputs.tolerances(model, samples, atol, rtol, masked)
     if has_unit_gates(model):

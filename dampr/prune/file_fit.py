@@ -13,7 +13,7 @@ from .file_content import Content, FileError, is_size
 from .file_layers import arguments_of, construct, parameters_of
 from .layers.registry import kind_of
 from .unit_compact import sizes_of
-from .units.sizes import number_of
+from .units.numbers import number_of
 
 WIDTHS = (
     *(

@@ -28,7 +28,7 @@ from .inputs import Model
 from .layers.registry import kind_of
 from .modules import by_name
 from .unit_compact import sizes_of
-from .units.sizes import set_number
+from .units.numbers import set_number
 from .wrapped import check_bare, sees_through
 
 

@@ -168,10 +168,13 @@ def trained(model: nn.Module, example_inputs: Any) -> tuple[nn.Module, bool]:
     keep their values.
 
     Returns: (the copy, whether all of its outputs are finite). If the noise makes outputs infinite or NaN that were
-    finite before, the copy has the values of ``model``.
+    finite before, or if the model raises with it, the copy has the values of ``model``.
     """
     moved = _moved(model)
-    after = evaluate(moved, example_inputs)
+    try:
+        after = evaluate(moved, example_inputs)
+    except Exception:  # a factorisation that needs certain values, say
+        return twin(model), False
     if all(bool(_wide(t).isfinite().all()) for t in after):
         return moved, True
     plain = twin(model)
@@ -234,10 +237,27 @@ def comparable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     return found
 
 
-def perturbed(example_inputs: Any) -> Any:
+def samples(model: nn.Module, example_inputs: Any) -> list[Any]:
+    """The inputs on which a model is compared with another: the example inputs, and the same :func:`perturbed`.
+
+    If the model raises on those (it takes images between 0 and 1, say), the noise stays between the lowest and the
+    highest value of each tensor; if it raises then too, the example inputs are alone.
+    """
+    for inside in (False, True):
+        found = perturbed(example_inputs, inside)
+        try:
+            evaluate(model, found)
+        except Exception:
+            continue
+        return [example_inputs, found]
+    return [example_inputs]
+
+
+def perturbed(example_inputs: Any, inside: bool = False) -> Any:
     """The same inputs with a little fixed noise on every floating-point tensor.
 
-    An output that is constant on the example inputs only by chance, because of their values, then changes.
+    An output that is constant on the example inputs only by chance, because of their values, then changes. ``inside``:
+    the noise does not leave the range of a tensor's values.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -246,7 +266,8 @@ def perturbed(example_inputs: Any) -> Any:
         if leaf.layout != torch.strided or not leaf.is_floating_point() or not leaf.numel():
             return leaf
         noise = torch.randn(leaf.shape, generator=generator).to(leaf.device, leaf.dtype)
-        return leaf.detach() + noise * (0.1 * leaf.detach().abs().mean() + 1e-3)
+        shaken = leaf.detach() + noise * (0.1 * leaf.detach().abs().mean() + 1e-3)
+        return shaken.clamp(leaf.detach().min(), leaf.detach().max()) if inside else shaken
 
     return with_tensors(shake, example_inputs)
 

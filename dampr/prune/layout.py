@@ -20,8 +20,8 @@ from . import noise
 from .expand import FILLED_WITH_ONE, kept_dims
 from .layers.registry import kind_of
 from .places import Places
+from .units.numbers import set_number
 from .units.proof import follow_all
-from .units.sizes import set_number
 
 
 class Sized(NamedTuple):

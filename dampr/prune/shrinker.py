@@ -294,7 +294,7 @@ class Shrinker:
         It is compared in double precision if the model runs in it, else in its own precision.
         """
         for kind in (torch.float64, None):
-            samples = [self._inputs, inputs.perturbed(self._inputs)]
+            samples = inputs.samples(self.model, self._inputs)
             trial = inputs.copied(self.model)
             if kind is not None:
                 trial, samples = trial.to(kind), with_tensors(_doubled, samples)

@@ -18,8 +18,9 @@ from dampr._version import __version__
 from .cutting import follow_inputs
 from .layers.registry import kind_of
 from .unit_structure import UnitStructure, without_gates
+from .units.numbers import number_of, set_number
 from .units.proof import cut
-from .units.sizes import Size, follow, number_of, set_number
+from .units.sizes import Size, follow
 
 _MOST_DIMS = 8  # the most dimensions that a manifest may list for a tensor; a weight of a 3-d convolution has 5
 Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, whether it writes them or reads them) -> indices that are left
@@ -48,7 +49,7 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     sizes = [Size(*entry) for entry in getattr(model, "dampr_sizes", [])]
     before = {name: tuple(t.shape) for name, t in _tensors(small).items()}
     cut(small, structure.units, classes)
-    made = follow(small, sizes)
+    made = follow(small, sizes, structure.units.indices(classes))
     for name, module in small.named_modules():
         had: Any = model.get_submodule(name)
         if isinstance(module, nn.modules.conv._ConvNd) and (

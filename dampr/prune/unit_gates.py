@@ -235,10 +235,17 @@ def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
         ]
         # one or two of the attributes may belong to other widths of the same size
         attributes = list(dict.fromkeys(size.attribute for size in sizes))
-        without = [{own} for own in attributes]
+        without: list[set[str]] = [{own} for own in attributes]
         if len(attributes) <= _FEW:
             without += map(set, itertools.combinations(attributes, 2))
-        kinds += [[size for size in sizes if size.attribute not in others] for others in without]
+        # where whole heads go, their own width stays
+        heads = [
+            size for size in sizes if not re.search("head.*(dim|size|width)|(dim|size|width).*head", size.attribute)
+        ]
+        kept = [sizes, heads] if len(heads) < len(sizes) else [sizes]
+        kinds += [
+            [size for size in own if size.attribute not in others] for own in kept for others in [set(), *without]
+        ]
     return [chosen for number, chosen in enumerate(kinds) if chosen not in kinds[:number]]
 
 

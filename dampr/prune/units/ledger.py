@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .axes import Axes, at_rank, moving, narrow, runs, varying
+from .numbers import kept_numbers
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+Piece = tuple[str, str, Ints]  # module, attribute, units
 _MANY = 4096  # duplicates among more pairs than this are removed
 _HALF = 31  # a pair of units is packed into one int64, 31 bits each
 
@@ -138,6 +140,9 @@ class Ledger:
         within: names of the weights of grouped convolutions whose groups all lose the same number of channels, while
             no group goes as a whole.
         in_groups: names of the weights of convolutions with groups of several channels.
+        kept: name of a module -> the whole numbers that it keeps, as :func:`.numbers.kept_numbers` returns them.
+        pieces: (name of the module, attribute, units in order) of every part of a dimension that code takes by a number
+            which the module keeps in this attribute.
         count: the number of the next unit.
     """
 
@@ -162,12 +167,15 @@ class Ledger:
     beside: list[Ints] = field(default_factory=list)
     within: frozenset[str] = frozenset()
     in_groups: set[str] = field(default_factory=set)
+    kept: dict[str, dict[str, int]] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
     count: int = 1
 
     @classmethod
     def of(cls, model: nn.Module, within: Iterable[str] = ()) -> Ledger:
         """Fresh units for every parameter and buffer of ``model``."""
-        ledger = cls(within=frozenset(within))
+        kept = {name: kept_numbers(module) for name, module in model.named_modules()}
+        ledger = cls(within=frozenset(within), kept=kept)
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
             if id(tensor) in ledger.known:
@@ -214,6 +222,7 @@ class Ledger:
             self.normed,
             self.counted,
             self.beside,
+            self.pieces,
         ]
 
     # records that rules make

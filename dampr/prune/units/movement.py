@@ -16,10 +16,12 @@ from torch import Tensor
 
 from . import rules
 from .axes import Axes, along, at_rank, narrow, varying
-from .ledger import Marks
+from .ledger import Marks, line
 
 if TYPE_CHECKING:
     from .call import Call
+
+_PARTS = 3  # a slice that is one of so few equal parts is taken for one of these, whatever the module keeps
 
 
 def equal_parts(call: Call, axis: Tensor, dim: int, parts: int) -> None:
@@ -43,6 +45,38 @@ def _literal(call: Call, axis: Tensor, dim: int) -> None:
         call.ledger.fix(axis, call.why("picked", "its channels are picked by literal numbers"))
     else:
         call.ledger.unite(axis, axis.narrow(dim, 0, 1), call)
+
+
+def _pieces_kept(call: Call, axis: Tensor, dim: int, sizes: list[int]) -> bool:
+    """Whether the running module keeps the sizes of these parts of dimension ``dim``, so that they can follow a cut.
+
+    It may keep all of them in one tuple, or each in an attribute. The last may be what is left of the dimension, and
+    others may be two parts together that were taken before.
+    Parts whose sizes are in one attribute lose the same units.
+    """
+    kept, module = call.ledger.kept.get(call.module_name(), {}), call.module_name()
+    if varying(axis) != {dim}:
+        return False
+    names = [[name for name, value in kept.items() if value == size > 1 and "." not in name] for size in sizes]
+    tuples = [key.removesuffix(".0") for key in kept if key.endswith(".0")]
+    alike = [name for name in tuples if _whole(kept, name) == sizes]
+    seen = {len(units) for own, _, units in call.ledger.pieces if own == module}
+    sums = {a + b for a in seen for b in seen if a != b}
+    if not alike and any(not own and size not in sums for own, size in zip(names[:-1], sizes, strict=False)):
+        return False
+    parts = axis.split(sizes, dim)
+    for at, part in enumerate(parts):
+        own = [*(f"{name}.{at}" for name in alike), *names[at]]
+        call.ledger.pieces += [(module, name, line(part)) for name in own]
+        if not alike and names[at] and names[at] in names[:at]:
+            call.ledger.unite(part, parts[names.index(names[at])], call)
+    return True
+
+
+def _whole(kept: dict[str, int], name: str) -> list[int]:
+    """The numbers of the tuple or list ``name``."""
+    found = [(int(key.rpartition(".")[2]), value) for key, value in kept.items() if key.rpartition(".")[0] == name]
+    return [value for _, value in sorted(found)]
 
 
 @rules.rule("view _unsafe_view reshape _reshape_alias _reshape_copy unflatten flatten")
@@ -154,15 +188,18 @@ def _select(call: Call) -> Axes | tuple[Axes, ...]:
 @rules.rule("split unsafe_split split_with_sizes unsafe_split_with_sizes chunk unsafe_chunk tensor_split")
 def _split(call: Call) -> tuple[Axes, ...]:
     """The rule of ``split`` and ``chunk``: parts of one size lose the same units; other parts are picked by literal
-    numbers.
+    numbers, or by numbers that the running module keeps.
     """
     tensor = call.args[0]
     dim = call.arg("dim", 0) % tensor.dim()
     sizes = [part.shape[dim] for part in call.out]
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     for axis in call.axes(tensor):
         if axis.shape[dim] > 1 and len(sizes) > 1:
-            equal_parts(call, axis, dim, len(sizes)) if len(set(sizes)) == 1 else _literal(call, axis, dim)
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+            if len(set(sizes)) == 1:
+                equal_parts(call, axis, dim, len(sizes))
+            elif not _pieces_kept(call, axis, dim, sizes):
+                _literal(call, axis, dim)
 
     def part(end: int, size: int) -> Axes:
         """The axes of the part with ``size`` indices that stops before index ``end``."""
@@ -176,7 +213,8 @@ def _slice(call: Call) -> Axes:
     """The rule of ``x[start:stop:step]`` along one dimension.
 
     A part that is one of several equal parts (the first half, the last third) keeps its units aligned with the other
-    parts, and so does every ``step``-th element where ``step`` divides the size. Every other slice is a literal pick.
+    parts, and so does every ``step``-th element where ``step`` divides the size. Every other slice is a literal pick,
+    unless the running module keeps its bounds.
     """
     tensor = call.args[0]
     dim = call.arg("dim", 0) % tensor.dim()
@@ -186,17 +224,23 @@ def _slice(call: Call) -> Axes:
     out = []
     for axis in call.axes(tensor):
         if axis.shape[dim] > 1 and left != whole:
-            if step == 1 and left and whole % left == 0 and start % left == 0:
-                equal_parts(call, axis, dim, whole // left)
+            parts = whole // left if step == 1 and left and whole % left == 0 and start % left == 0 else 0
+            if parts and (parts <= _PARTS or not _pieces_kept(call, axis, dim, _cuts(start, left, whole))):
+                equal_parts(call, axis, dim, parts)
             elif step > 1 and whole % step == 0:
                 split = axis.unflatten(dim, (-1, step))
                 call.ledger.unite(split, split.narrow(dim + 1, 0, 1), call)
-            else:
+            elif not parts and (step > 1 or not _pieces_kept(call, axis, dim, _cuts(start, left, whole))):
                 _literal(call, axis, dim)
         if axis.shape[dim] > 1:
             axis = narrow(axis[(slice(None),) * dim + (slice(start, start + max(left - 1, 0) * step + 1, step),)])
         out.append(axis)
     return out
+
+
+def _cuts(start: int, length: int, whole: int) -> list[int]:
+    """The sizes of the parts in front of a slice, in it and behind it, without empty ones."""
+    return [size for size in (start, length, whole - start - length) if size]
 
 
 @rules.rule("cat concat concatenate")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .axes import narrow, varying
-from .ledger import Bools, Ints, Ledger, Product, Reason, Split, line
+from .ledger import Bools, Ints, Ledger, Piece, Product, Reason, Split, line
 
 _HALF = 31  # a pair of units is packed into one int64, 31 bits each; there are far fewer than 2^31 units
 _LOW = (1 << _HALF) - 1
@@ -63,7 +63,7 @@ class Units:
         columns: bool (units,), whether each unit belongs to a contracted dimension of a weight.
         summed: bool (units,), whether activations of each unit are added up without a weight.
         products: the products on the first example inputs in evaluation, if that was traced.
-        counted, normed, within, in_groups: as in the ledger; norms of weights have an empty name in ``counted``.
+        counted, normed, within, in_groups, pieces: as in the ledger; there norms of weights have an empty name.
     """
 
     label: Ints
@@ -87,6 +87,7 @@ class Units:
     normed: list[tuple[str, Ints, int]] = field(default_factory=list)
     within: frozenset[str] = frozenset()
     in_groups: set[str] = field(default_factory=set)
+    pieces: list[Piece] = field(default_factory=list)
 
     @functools.cached_property
     def members(self) -> dict[int, list[Member]]:
@@ -250,6 +251,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         normed=ledger.normed,
         within=ledger.within,
         in_groups=ledger.in_groups,
+        pieces=ledger.pieces,
     )
 
 

@@ -45,7 +45,7 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
         parameter = isinstance(old[name], nn.Parameter)
         new[id(old[name])] = nn.Parameter(left, requires_grad=old[name].requires_grad) if parameter else left
     follow_all(model, substitute(model, new), units.within)
-    follow(model, sizes)
+    follow(model, sizes, units.indices(classes))
     return model
 
 

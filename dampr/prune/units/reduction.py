@@ -174,6 +174,55 @@ def _mixed_along(call: Call) -> Axes | tuple[Axes, ...]:
     return axes if isinstance(call.out, Tensor) else tuple(axes for _ in call.out)
 
 
+def _matrices(call: Call, tensor: Tensor, dims: set[int]) -> Axes:
+    """The axes of ``tensor`` after an operator that mixes what changes along ``dims``, with size 1 along these."""
+    axes = call.axes(tensor)
+    call.ledger.reduce(axes, dims, True, "mixed", call)
+    return [narrow(first_along(axis, dims)) for axis in axes if varying(axis) - dims]
+
+
+@rules.rule(
+    "inverse linalg_inv linalg_inv_ex linalg_cholesky linalg_cholesky_ex cholesky linalg_pinv linalg_qr linalg_eigh "
+    "_linalg_eigh linalg_eig linalg_eigvals linalg_svd _linalg_svd linalg_svdvals linalg_lu linalg_lu_factor "
+    "linalg_lu_factor_ex linalg_det _linalg_det linalg_slogdet _linalg_slogdet linalg_matrix_exp matrix_exp"
+)
+def _of_matrices(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of functions of matrices, which are the last two dimensions: what changes along these is mixed, what
+    changes along others stays apart.
+    """
+    tensor = call.args[0]
+    axes = _matrices(call, tensor, {tensor.dim() - 2, tensor.dim() - 1})
+
+    def of(result: Any) -> Axes:
+        """The axes of one result, which has all dimensions of the matrices but those that a number stands for."""
+        kept = result.dim() if isinstance(result, Tensor) else 0
+        return [axis.reshape([*axis.shape[:-2], *(1,) * (kept - axis.dim() + 2)]) for axis in axes]
+
+    return of(call.out) if isinstance(call.out, Tensor) else tuple(of(result) for result in call.out)
+
+
+rules.rule("_linalg_check_errors")(rules.nothing)  # it reads what these report
+
+
+@rules.rule("linalg_solve_triangular triangular_solve linalg_solve linalg_solve_ex _linalg_solve_ex cholesky_solve")
+def _solve(call: Call) -> Axes | tuple[Axes, ...]:
+    """The rule of systems of linear equations: what changes along the rows of the right-hand side is mixed with the
+    matrix, its columns stay apart, and so does what changes along the dimensions in front.
+    """
+    matrix, right = call.args[:2] if call.name.startswith(("linalg", "_linalg")) else call.args[1::-1]
+    first = call.first if isinstance(call.out, Tensor) else call.out[0]
+    rows = right.dim() - (2 if call.arg("left", True) else 1)
+    if right.dim() < 2 or right.dim() != matrix.dim():
+        rows = right.dim() - 1  # the right-hand side is one vector for each matrix
+    of_matrix = _matrices(call, matrix, {matrix.dim() - 2, matrix.dim() - 1})
+    shape = [*matrix.shape[:-2], *(1,) * (first.dim() - matrix.dim() + 2)]
+    of_matrix = [axis.reshape([*axis.shape[:-2], *(1,) * (first.dim() - axis.dim() + 2)]) for axis in of_matrix]
+    sizes = [1 if at == rows else size for at, size in enumerate(right.shape)]
+    operands = [(Marks(of_matrix), shape), (Marks(_matrices(call, right, {rows})), sizes)]
+    met = call.ledger.meet(list(first.shape), operands, call)
+    return met if isinstance(call.out, Tensor) else (met, *([[]] * (len(call.out) - 1)))
+
+
 def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
     """A rule for pooling and resizing over the last ``dims`` dimensions.
 

@@ -5,12 +5,14 @@ their new values.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
 from ..layers.registry import kind_of
+from .ledger import Ints
+from .numbers import numbers, set_number
 from .partition import Units
 
 _NO_WIDTHS = (
@@ -26,6 +28,7 @@ _NO_WIDTHS = (
     "steps",
     "in_chans",
 )
+Numbers = dict[str, dict[str, int]]  # module -> attribute -> value
 _PARTS = (2, 3)  # a parameter may hold query, key and value one after the other, or two halves of a gated layer
 
 
@@ -37,7 +40,8 @@ class Size(NamedTuple):
         attribute: the name of the attribute; "shape.0" is the first number of the tuple ``shape``.
         parameter, dim: the name of the parameter or buffer, and the dimension.
         before: the value of the attribute in the whole model.
-        width: the size of the dimension in the whole model.
+        width: the size of the dimension in the whole model, or of the part of it that counts.
+        start: where this part begins.
     """
 
     module: str
@@ -46,16 +50,23 @@ class Size(NamedTuple):
     dim: int
     before: int
     width: int
+    start: int = 0
+
+    def after(self, gone: Iterable[int]) -> int:
+        """The value of the attribute when these indices of the dimension are cut."""
+        lost = sum(self.start <= index < self.start + self.width for index in gone)
+        return self.before * (self.width - lost) // self.width
 
 
 def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Size]:
     """Guess the attributes that have to change when ``classes`` are cut.
 
-    An attribute is found if it is a whole number of a module that is no ``torch.nn`` layer, and equals the size of a
-    dimension that loses some of ``classes``, half or a third of that size, or the number of classes in the dimension.
-    The caller has to check that the model still runs and computes the same.
+    An attribute is found if code takes a part of a dimension by it, or if it is a whole number of a module that is no
+    ``torch.nn`` layer, and equals the size of a dimension that loses some of ``classes``, half or a third of that size,
+    or the number of classes in the dimension. The caller has to check that the model still runs and computes the same.
     """
     cut = set(classes)
+    pieces = {(size.module, size.attribute): size for size in reversed(list(_of_pieces(units, cut)))}
     widths = {(member.name, member.dim) for one in cut for member in units.members[one]}
     sizes = {(name, dim): size for name, dims in units.origin.items() for dim, _, size in dims if (name, dim) in widths}
     counts = {place: len(set(units.classes(*place))) for place in sizes}
@@ -65,13 +76,35 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
             continue
         prefix = f"{name}." if name else ""
         near = sorted((place for place in sizes if place[0].startswith(prefix)), key=lambda place: place[0].count("."))
-        for attribute, value in _numbers(module):
+        for attribute, value in numbers(module):
             if value < 2 or any(word in attribute for word in _NO_WIDTHS):
                 continue
             place = next(_matches(value, near, sizes, counts), None)
-            if place is not None:
+            if place is not None and (name, attribute) not in pieces:
                 found.append(Size(name, attribute, *place, value, sizes[place]))
-    return found + list(_of_norms(model, units, sizes))
+    return [*pieces.values(), *found, *_of_norms(model, units, sizes)]
+
+
+def _of_pieces(units: Units, cut: set[int]) -> Iterator[Size]:
+    """The attributes by which code takes a part of a dimension that loses some of the classes ``cut``."""
+    for module, attribute, line in units.pieces:
+        if cut.isdisjoint(units.label[line].tolist()):
+            continue
+        place = _place(units, line)
+        if place is not None:
+            yield Size(module, attribute, *place[:2], len(line), len(line), place[2])
+
+
+def _place(units: Units, line: Ints) -> tuple[str, int, int] | None:
+    """(parameter or buffer, dimension, index) where these units in order stand side by side; None if they do not."""
+    labels = units.label[line]
+    for name, dims in units.origin.items():
+        for dim, first, size in dims:
+            own = units.label[first : first + size]
+            for start in (own == labels[0]).nonzero()[0].tolist() if size >= len(line) else ():
+                if (own[start : start + len(line)] == labels[: size - start]).all() and size - start >= len(line):
+                    return name, dim, start
+    return None
 
 
 def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int]) -> Iterator[Size]:
@@ -91,7 +124,7 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
             True for _ in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
         ):
             continue
-        for attribute, value in _numbers(module):
+        for attribute, value in numbers(module):
             if value < 2:
                 continue
             of_all = labels[:value] * (
@@ -116,45 +149,17 @@ def _matches(
         yield from (place for place in places if sizes[place] * parts == value)
 
 
-def follow(model: nn.Module, sizes: Iterable[Size]) -> dict[str, dict[str, int]]:
-    """Set the attributes in ``sizes`` to fit the present shapes of the parameters and buffers of ``model``.
+def follow(model: nn.Module, sizes: Iterable[Size], gone: Mapping[str, Mapping[int, Iterable[int]]]) -> Numbers:
+    """Set the attributes in ``sizes`` to what is left of their widths.
+
+    ``gone``: name of a tensor -> dimension -> the indices that were cut.
 
     Returns: module -> attribute -> its new value, for those that changed.
     """
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    made: dict[str, dict[str, int]] = {}
+    made: Numbers = {}
     for size in sizes:
-        now = size.before * tensors[size.parameter].shape[size.dim] // size.width
+        now = size.after(gone.get(size.parameter, {}).get(size.dim, ()))
         if now != size.before:
             set_number(model.get_submodule(size.module), size.attribute, now)
             made.setdefault(size.module, {})[size.attribute] = now
     return made
-
-
-def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """(attribute, value) of the whole numbers that a module keeps, alone or in a tuple whose other numbers are 1."""
-    for attribute, value in vars(module).items():
-        if type(value) is int:
-            yield attribute, value
-        elif (
-            isinstance(value, tuple)
-            and all(type(number) is int for number in value)
-            and sum(number != 1 for number in value) == 1
-        ):
-            yield from ((f"{attribute}.{at}", number) for at, number in enumerate(value) if number != 1)
-
-
-def number_of(module: nn.Module, attribute: str) -> int | None:
-    """The value of an attribute that :class:`Size` names; None if it is no whole number."""
-    name, _, at = attribute.partition(".")
-    value = vars(module).get(name)
-    if at:
-        value = value[int(at)] if type(value) is tuple and int(at) < len(value) else None
-    return value if type(value) is int else None
-
-
-def set_number(module: nn.Module, attribute: str, number: Any) -> None:
-    """Set an attribute that :class:`Size` names."""
-    name, _, at = attribute.partition(".")
-    whole: Any = vars(module).get(name)
-    setattr(module, name, number if not at else (*whole[: int(at)], number, *whole[int(at) + 1 :]))

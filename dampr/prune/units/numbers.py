@@ -1,0 +1,48 @@
+"""Whole numbers that modules keep in attributes, alone or in tuples and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """(attribute, value) of the whole numbers that a module keeps, alone or in a tuple whose other numbers are 1.
+
+    "shape.0" is the first number of the tuple ``shape``.
+    """
+    for attribute, value in kept_numbers(module).items():
+        name, _, at = attribute.partition(".")
+        whole: Any = vars(module)[name]
+        if not at or (type(whole) is tuple and value != 1 and sum(number != 1 for number in whole) == 1):
+            yield attribute, value
+
+
+def kept_numbers(module: nn.Module) -> dict[str, int]:
+    """attribute -> value of the whole numbers that a module keeps, alone or in tuples and lists of such numbers."""
+    found: dict[str, int] = {}
+    for attribute, value in vars(module).items():
+        if type(value) is int:
+            found[attribute] = value
+        elif type(value) in (tuple, list) and value and all(type(number) is int for number in value):
+            found |= {f"{attribute}.{at}": number for at, number in enumerate(value)}
+    return found
+
+
+def number_of(module: nn.Module, attribute: str) -> int | None:
+    """The value of an attribute that has a name as in :func:`kept_numbers`; None if it is no whole number."""
+    name, _, at = attribute.partition(".")
+    value: Any = vars(module).get(name)
+    if at:
+        value = value[int(at)] if type(value) in (tuple, list) and int(at) < len(value) else None
+    return value if type(value) is int else None
+
+
+def set_number(module: nn.Module, attribute: str, number: Any) -> None:
+    """Set an attribute that has a name as in :func:`kept_numbers`."""
+    name, _, at = attribute.partition(".")
+    whole: Any = vars(module).get(name)
+    made = [*whole[: int(at)], number, *whole[int(at) + 1 :]] if at else number
+    setattr(module, name, tuple(made) if at and type(whole) is tuple else made)

@@ -1,0 +1,245 @@
+"""Parts of a width that code takes by numbers which a module keeps: the numbers follow the cut."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dampr
+from dampr.prune.summary import distinct_gates
+from tests.halves import assert_exact, cut_in_half, halved
+
+Parts = tuple[Tensor, ...]
+
+
+def by_tuple(net: Gated, y: Tensor) -> Parts:
+    return torch.split(y, net.sizes, -1)  # type: ignore[arg-type]
+
+
+def by_list(net: Gated, y: Tensor) -> Parts:
+    return torch.split(y, net.listed, -1)
+
+
+def by_attributes(net: Gated, y: Tensor) -> Parts:
+    return torch.split(y, [net.gate, net.kept, net.mixed], -1)
+
+
+def with_the_rest(net: Gated, y: Tensor) -> Parts:
+    return torch.split(y, [net.gate, net.kept, y.shape[-1] - net.gate - net.kept], -1)
+
+
+def by_slices(net: Gated, y: Tensor) -> Parts:
+    return y[..., : net.gate], y[..., net.gate : net.gate + net.kept], y[..., net.gate + net.kept :]
+
+
+def one_after_the_other(net: Gated, y: Tensor) -> Parts:
+    gate, others = y[..., : net.gate], y[..., net.gate :]
+    return gate, others[..., : net.kept], others[..., net.kept :]
+
+
+def by_narrow(net: Gated, y: Tensor) -> Parts:
+    return y.narrow(-1, 0, net.gate), *y.narrow(-1, net.gate, net.kept + net.mixed).split([net.kept, net.mixed], -1)
+
+
+WAYS = [by_tuple, by_list, by_attributes, with_the_rest, by_slices, one_after_the_other, by_narrow]
+
+
+class Gated(nn.Module):
+    """As in MambaOut: one projection for a gate, what is kept, and what a convolution mixes."""
+
+    def __init__(self, way: Callable[[Gated, Tensor], Parts], width: int = 20, mixed: int = 8) -> None:
+        super().__init__()
+        self.way = way
+        self.gate, self.kept, self.mixed = width, width - mixed, mixed
+        self.sizes = (width, width - mixed, mixed)
+        self.listed = list(self.sizes)
+        self.up, self.down = nn.Linear(8, 2 * width), nn.Linear(width, 8)
+        self.conv = nn.Conv1d(mixed, mixed, 3, padding=1, groups=mixed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, kept, mixed = self.way(self, self.up(x))
+        y: Tensor = self.down(F.gelu(gate) * torch.cat([kept, self.conv(mixed.mT).mT], -1))
+        return y
+
+
+def network(way: Callable[[Gated, Tensor], Parts]) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), Gated(way), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_parts_are_cut_each_for_itself(way: Callable[[Gated, Tensor], Parts]) -> None:
+    x = torch.randn(2, 5, 4)
+    model = dampr.convert(network(way), example_inputs=x)
+    assert sorted(gate.num_gates for gate in distinct_gates(model).values()) == [8, 8, 8, 12]
+    assert_exact(network(way), x, at_most=0.4)
+
+
+def test_parts_of_other_shares(tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 4)
+    model: Any = dampr.convert(network(by_tuple), example_inputs=x).eval()
+    for gate in distinct_gates(model).values():
+        gate.set_levels_(torch.where(torch.arange(gate.num_gates) < (7 if gate.num_gates == 12 else 2), -3.0, 3.0))
+    small: Any = dampr.compact(model, x)
+    assert small[1].sizes == (11, 5, 6)
+    assert small[1].listed == [20, 12, 8]  # nobody reads it
+    torch.testing.assert_close(small(x), model(x))
+    large = dampr.expand(small)
+    assert large[1].sizes == (20, 12, 8)
+    torch.testing.assert_close(large(x), small(x))
+    dampr.save(small, tmp_path / "small.pt")
+    loaded: Any = dampr.load(tmp_path / "small.pt", network(by_tuple))
+    assert loaded[1].sizes == (11, 5, 6)
+    assert torch.equal(loaded(x), small(x))
+
+
+def test_a_shrinker_moves_the_numbers() -> None:
+    x, y = torch.randn(8, 5, 4), torch.randn(8, 5, 3)
+    plan = dampr.Plan(network(by_list), x, macs=0.3, steps=80)
+    optimizer = torch.optim.Adam(plan.model.parameters(), 1e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        (F.mse_loss(plan.model(x), y) + plan.penalty()).backward()
+        optimizer.step()
+        plan.step(optimizer)
+    small: Any = plan.finish()
+    assert sum(small[1].listed) == small[1].up.out_features
+    assert small[1].listed[0] == small[1].down.in_features
+
+
+def test_numbers_in_the_code_are_no_attributes() -> None:
+    x = torch.randn(2, 5, 4)
+    model: Any = dampr.convert(network(lambda net, y: torch.split(y, [20, 12, 8], -1)), example_inputs=x)
+    assert "1.up" in model.dampr_skipped
+    assert_exact(network(lambda net, y: torch.split(y, [20, 12, 8], -1)), x, at_most=0.6)
+
+
+class Partial(nn.Module):
+    """As in FasterNet: a convolution of the first quarter of the channels, beside a residual sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv_channels, self.untouched = width // 4, width - width // 4
+        self.conv = nn.Conv2d(width // 4, width // 4, 3, padding=1, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(width, 24, 1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, width, 1, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, rest = torch.split(x, [self.conv_channels, self.untouched], 1)
+        y: Tensor = x + self.mlp(torch.cat([self.conv(first), rest], 1))
+        return y
+
+
+def test_a_stream_of_which_each_block_takes_a_part() -> None:
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), Partial(16), Partial(16), *head)
+    assert_exact(model, torch.randn(2, 3, 8, 8), at_most=0.4)
+
+
+class Latent(nn.Module):
+    """As in GAU: two wide parts of one size, and a narrow one that attention compares."""
+
+    def __init__(self, width: int = 8, wide: int = 12, narrow: int = 5) -> None:
+        super().__init__()
+        self.e, self.s = wide, narrow
+        self.uv, self.o = nn.Linear(width, 2 * wide + narrow), nn.Linear(wide, width)
+        self.gamma = nn.Parameter(torch.rand(2, narrow) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v, base = torch.split(F.silu(self.uv(x)), [self.e, self.e, self.s], -1)
+        q, k = base * self.gamma[0], base * self.gamma[1]
+        y: Tensor = self.o(u * (F.relu(q @ k.mT / 3) ** 2 @ v))
+        return y
+
+
+def test_parts_of_one_size_lose_the_same_units() -> None:
+    x = torch.randn(2, 6, 8)
+    assert 12 in [g.num_gates for g in distinct_gates(dampr.convert(Latent(), example_inputs=x)).values()]
+    assert_exact(Latent(), x, at_most=0.8)
+
+
+def delta(q: Tensor, k: Tensor, v: Tensor, solve: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A delta rule in one system of equations, for each head (Yang et al. 2024)."""
+    scores = (k @ k.mT).tril(-1) / 8 + torch.eye(k.shape[2], dtype=k.dtype)
+    return (q @ k.mT).tril() @ solve(scores, v)
+
+
+SOLVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "triangular": functools.partial(torch.linalg.solve_triangular, upper=False),
+    "solve": torch.linalg.solve,
+    "inverse": lambda a, b: torch.linalg.inv(a) @ b,
+    "cholesky": lambda a, b: torch.cholesky_solve(b, torch.linalg.cholesky(a @ a.mT)),
+    "exponential": lambda a, b: torch.linalg.matrix_exp(a / 4) @ b,
+}
+
+
+class Heads(nn.Module):
+    def __init__(self, solve: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.num_heads, self.solve = 4, solve
+        self.qkv, self.out = nn.Linear(8, 48), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, 4)).permute(2, 0, 3, 1, 4)
+        y: Tensor = self.out(delta(q, k, v, self.solve).transpose(1, 2).flatten(2))
+        return y
+
+
+@pytest.mark.parametrize("solve", SOLVES)
+def test_systems_of_equations_in_each_head(solve: str) -> None:
+    x = torch.randn(2, 5, 8)
+    model = dampr.convert(Heads(SOLVES[solve]), example_inputs=x)
+    assert [gate.num_gates for gate in distinct_gates(model).values()] == [4]
+    assert_exact(Heads(SOLVES[solve]), x, at_most=0.6)
+
+
+class Whitened(nn.Module):
+    """Channels multiplied by a matrix of theirs: all are mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        y: Tensor = self.down((torch.linalg.matrix_exp(h.mT @ h / 9) @ h.mT).mT)
+        return y
+
+
+def test_channels_that_equations_mix_stay() -> None:
+    with pytest.raises(dampr.prune.ConversionError, match="its channels are mixed .linalg_matrix_exp"):
+        dampr.convert(Whitened(), example_inputs=torch.randn(9, 4))
+
+
+class Bounded(nn.Module):
+    """Of images between 0 and 1, which refuses others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.max()) > 1 or float(x.min()) < 0:
+            raise ValueError("expected values between 0 and 1")
+        y: Tensor = self.layers(x)
+        return y
+
+
+def test_a_model_may_refuse_larger_inputs() -> None:
+    assert_exact(Bounded(), torch.rand(2, 3, 5, 5), at_most=0.6)
+
+
+def test_a_copy_keeps_its_numbers() -> None:
+    x = torch.randn(2, 5, 4)
+    model: Any = dampr.convert(network(by_list), example_inputs=x)
+    other = copy.deepcopy(model)
+    cut_in_half(halved(other), x)
+    assert model[1].listed == other[1].listed == [20, 12, 8]
