@@ -247,10 +247,16 @@ def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed
     groups, rank, out = call.arg("groups", 1), tensor.dim(), call.first
     read, made = _weight_sides(call, weight, transposed)
     batch, channels = _image_axes(call, tensor)
+    width, samples = tensor.shape[1], 1
+    if groups > 1 and _differs_by_sample(call, weight, channels, width, read if transposed else made, groups):
+        samples, groups, width = groups, 1, width // groups
+        once = [units[: len(units) // samples] for units in (read if transposed else made)]
+        read, made = (once, made) if transposed else (read, once)
+        channels = [axis.narrow(1, 0, width) if axis.shape[1] > 1 else axis for axis in channels]
     if call.of(tensor) is None and not call.even(tensor, {1}):
         call.ledger.fix(read, call.why("constants", "it reads constants"))
     marks, within = call.of(weight), groups > 1 and _within(call, weight)
-    if marks is not None and marks.weight:
+    if marks is not None and (marks.weight or marks.scaled):
         call.probe(tensor, channels, 1)
         columns = [units.numpy() for units in read] if groups == 1 or transposed or within else []
         call.ledger.read += columns
@@ -262,12 +268,12 @@ def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed
         of_sides = channels
     call.count((tensor if transposed else out)[:, 0].numel() * weight.numel(), [*of_sides, *batch])
     if groups == 1:
-        _read_all(call, tensor, channels, read)
+        _read_all(call, [tensor.shape[0], width, *tensor.shape[2:]], call.of(tensor) is not None, channels, read)
     elif within:
         made = _read_within_groups(call, tensor, channels, read, made, groups, transposed)
     else:
         made = _read_in_groups(call, tensor, channels, read, made, groups, transposed)
-    axes = moving([along(units, 1, rank) for units in made])
+    axes = moving([along(units.repeat(samples), 1, rank) for units in made])
     if call.of(bias) is not None:
         rules.write(call, [bias])
         shape = [1, out.shape[1]] + [1] * (rank - 2)
@@ -308,22 +314,38 @@ def _image_axes(call: Call, tensor: Tensor) -> tuple[Axes, Axes]:
     return batch, channels
 
 
-def _read_all(call: Call, tensor: Tensor, channels: Axes, read: Axes) -> None:
+def _differs_by_sample(call: Call, weight: Tensor, channels: Axes, width: int, first: Axes, groups: int) -> bool:
+    """Whether the groups of a convolution are samples, each with a weight of its own that code computes for it (as in
+    StyleGAN): what the groups read and write are the same units, again and again.
+
+    ``width``: the number of channels of all groups. ``first``: the units of the weight's first dimension.
+    """
+    if call.tracer.name_of(weight) is not None or not first:
+        return False
+    lines = [axis.transpose(1, -1).reshape(-1, axis.shape[1]) for axis in channels if axis.shape[1] == width]
+    return all(
+        bool((rows.reshape(groups, -1) == rows.reshape(groups, -1)[:1]).all())
+        for rows in [*first, *(row for line in lines for row in line[:1])]
+    )
+
+
+def _read_all(call: Call, size: list[int], known: bool, channels: Axes, read: Axes) -> None:
     """Record that a convolution without groups reads ``channels``: each becomes one unit with its column of the weight.
 
     Args:
         call: the call.
-        tensor: the input, (B, C, ...).
+        size: the shape of the input, (B, C, ...).
+        known: whether anything with units went into the input.
         channels: the axes of the input that change along C. Units that also change along height or width become one
             unit for each channel.
         read: the units that the weight reads, C in order.
     """
-    rank = tensor.dim()
-    shape = [1, tensor.shape[1]] + [1] * (rank - 2)
+    rank = len(size)
+    shape = [1, size[1]] + [1] * (rank - 2)
     operands = [(Marks([along(units, 1, rank)]), shape) for units in read]
-    if call.of(tensor) is not None:
-        operands.append((Marks(channels), list(tensor.shape)))
-    for axis in call.ledger.meet(list(tensor.shape), operands, call):
+    if known:
+        operands.append((Marks(channels), size))
+    for axis in call.ledger.meet(size, operands, call):
         if varying(axis) - {1}:
             call.ledger.unite(axis, first_along(axis, varying(axis) - {1}), call)
 

@@ -60,10 +60,13 @@ class Marks:
     Attributes:
         axes: its axes, which say to which unit each of its elements belongs (:mod:`.axes`).
         weight: whether it is a parameter or a buffer, or computed from these alone.
+        scaled: whether it is a weight times activations, element by element, so that it is 0 where the weight is: the
+            weight of a modulated convolution, say. Its axes are those of the weight.
     """
 
     axes: Axes
     weight: bool = False
+    scaled: bool = False
 
 
 class Where(Protocol):

@@ -136,7 +136,7 @@ def _reduction(kind: str) -> Rule:
         tensor, marks = call.args[0], call.of(call.args[0])
         keepdim = call.first.dim() == tensor.dim() > 0
         dims, how = _dims(call, tensor.dim()), kind
-        if kind == "sum" and marks is not None and marks.weight:
+        if kind == "sum" and marks is not None and (marks.weight or marks.scaled):
             call.ledger.norm_of([marks.axes], dims, call)
             how = "noted"
         if how == "sum" and len(dims) == 1:

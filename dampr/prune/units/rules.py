@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .axes import Axes, at_rank, varying
+from .axes import Axes, at_rank, moving, varying
 from .ledger import CONSTANTS, Marks, line
 
 if TYPE_CHECKING:
@@ -105,6 +105,19 @@ def _decisive_last(call: Call) -> list[Tensor]:
     return [t for t in call.given if not any(t is other for other in last)] + last
 
 
+def scaled_weight(call: Call) -> Tensor | None:
+    """The factor of an elementwise product that is a weight with several dimensions of units, or such a weight times
+    activations (:class:`~.ledger.Marks`); None if no factor is.
+    """
+    if call.name != "mul":
+        return None
+    for tensor in call.given:
+        marks = call.of(tensor)
+        if marks is not None and (marks.scaled or (marks.weight and len(moving(marks.axes)) > 1)):
+            return tensor
+    return None
+
+
 def write(call: Call, tensors: Iterable[Any]) -> None:
     """Record in the ledger that the weights among ``tensors`` write the units that they have."""
     for tensor in tensors:
@@ -144,10 +157,13 @@ def elementwise(call: Call) -> Axes:
     fixed.
     """
     ledger, shape = call.ledger, list(call.first.shape)
-    weights = all(marks is None or marks.weight for marks in call.marks)
-    operands = list(filter(None, (operand(call, t) for t in (_decisive_last(call) if weights else call.given))))
+    weights, given = all(marks is None or marks.weight for marks in call.marks), call.given
+    scaled = None if weights else scaled_weight(call)
+    if scaled is not None:
+        given = [*(t for t in given if t is not scaled), scaled]
+    operands = list(filter(None, (operand(call, t) for t in (_decisive_last(call) if weights else given))))
     if not weights:
-        write(call, call.given)
+        write(call, given[:-1] if scaled is not None else given)
     elif call.name not in _FACTORS:
         ledger.lie_beside(
             [[at_rank(axis, len(shape)) for axis in call.axes(t)] for t in call.given if t.dtype.is_floating_point]

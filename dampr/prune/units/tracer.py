@@ -356,7 +356,7 @@ class Tracer(TorchDispatchMode):
         for out, axes in zip(outs, results, strict=True):
             if not isinstance(out, Tensor) or self.owned(out):  # a parameter or buffer written in place keeps its units
                 continue
-            marks = Marks(_checked(call.name, moving(axes or []), out), weight)
+            marks = Marks(_checked(call.name, moving(axes or []), out), weight, not weight and _is_scaled(call))
             self.mark(out, marks)
             if call.writes_in_place() and not self.owned(call.args[0]):
                 self.mark(call.args[0], marks)  # with ``fake``, ``out`` is a meta tensor, not the one written to
@@ -452,6 +452,21 @@ def _written(axis: Tensor, places: Tensor, base: Tensor) -> Tensor:
         if bool(((whole == most) | (whole < 0)).all()):
             whole = most
     return narrow(whole)
+
+
+# what is 0 in the first argument of these is 0 in the result
+_KEEP_ZEROS = (
+    "div pow square sqrt abs neg clone _unsafe_view _to_copy view reshape expand permute transpose unsqueeze squeeze "
+    "t repeat flatten unflatten sum"
+)
+
+
+def _is_scaled(call: Call) -> bool:
+    """Whether the result of a call is 0 where a weight is (:class:`~.ledger.Marks`)."""
+    if call.name == "mul":
+        return rules.scaled_weight(call) is not None
+    first = call.of(call.args[0]) if call.args and call.name in _KEEP_ZEROS.split() else None
+    return first is not None and first.scaled
 
 
 def _checked(name: str, axes: Axes, out: Tensor) -> Axes:
