@@ -188,26 +188,26 @@ def _ignores(x: Tensor, shape: list[int], run: Callable[[Tensor], Any]) -> bool:
 
 @torch.no_grad()
 def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor) -> OpenNorm:
-    """``norm`` with the ``correction`` and the ``offset`` with which a copy that leaves out half of the units computes
-    what a copy without these computes; ``norm`` itself if none does, or if the layer alone does not run.
+    """``norm`` with the ``correction`` and the ``offset`` with which a copy that leaves out half of the units comes
+    closest to a copy without these; ``norm`` itself if the layer alone does not run.
     """
     gone = sorted(set(norm.classes).difference(units.fixed))[1::2]
     left = torch.tensor([at for at, one in enumerate(norm.classes) if one not in gone]).to(x.device)
     reads = norm.dim if norm.weight is None else norm.weight["channels"]
     try:
-        wide = inputs.as_trained(layer, None, sure=True)
+        wide, x = copy.deepcopy(inputs.as_trained(layer, None, sure=True)).double(), x.double()
         norm = replace(norm, offset=_offset(wide, x, reads))
         expected = _cut_alone(copy.deepcopy(wide), name, units, gone)(x.index_select(reads, left))
+        gaps: dict[int | None, float] = {}
         for correction in (0, 1, None):
-            chosen, masked = replace(norm, correction=correction), copy.deepcopy(wide)
-            put_on(masked, chosen.without(gone, x.device))
+            masked = copy.deepcopy(wide)
+            put_on(masked, replace(norm, correction=correction).without(gone, x.device))
             found = masked(x)
             found = found.index_select(reads, left) if norm.weight is None else found
-            if not inputs.differ([expected], [found], 1e-3, 1e-3 * inputs.size([expected])):
-                return chosen
+            gaps[correction] = inputs.gap([expected], [found])
     except Exception:  # it keeps a number of its own, say; trials of the whole model decide
         return norm
-    return norm
+    return replace(norm, correction=min(gaps, key=lambda correction: gaps[correction]))
 
 
 def _offset(layer: nn.Module, x: Tensor, channels: int) -> str:
