@@ -296,13 +296,14 @@ def _streams_by_units(
 
     Returns: the units and the placement of the gates; None if the gates of the plan reach as many.
     """
+    counted = {one for _, line in units.counted for one in units.label[line].tolist()}.difference(units.fixed)
     by_layers = {one for name, line in units.counted if name in plan.layers for one in units.label[line].tolist()}
     in_layers, whole = gated_classes(units, plan)
-    if whole and by_layers.issuperset(units.statistics):
+    if whole and by_layers.issuperset(counted):
         return None
     opened, placement = with_open_norms(model, units, example_inputs)
     placement = unit_gates.only(model, opened, placement, include, exclude)
-    by_units = [one for one in placement.classes() if one in units.statistics]
+    by_units = [one for one in placement.classes() if one in counted]
     more = len(by_units) - len(by_layers)
     if not more and by_units and not whole:  # attention that gated layers do not know, say
         closed = itertools.chain(by_layers, *in_layers.values())

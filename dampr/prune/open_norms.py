@@ -61,22 +61,24 @@ class OpenNorm:
         return self.statistics(Fixed(values), torch.arange(len(values), device=device))
 
 
-def find(model: nn.Module, units: Units, example_inputs: Any, *, of_weights: bool = False) -> dict[str, OpenNorm]:
+def find(model: nn.Module, units: Units, example_inputs: Any, *, streams: bool = True) -> dict[str, OpenNorm]:
     """name -> norm, for the norms of a plain model.
 
     A norm is a module without children that has one input and one output of the same shape, and whose statistics all
     run over the same units. A layer that standardises its weight counts as a norm too.
 
-    ``of_weights``: only those whose statistics run over weights.
+    ``streams``: also the norms of widths along which activations are added, as residual streams.
     """
+    added = set(units.label[units.added].tolist())
     weights: dict[str, set[tuple[str, int]]] = defaultdict(set)
     lines: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     for name, line in units.counted:
-        if not name or units.fixed.keys() >= set(units.label[line].tolist()) or model.get_submodule(name)._modules:
+        classes = set(units.label[line].tolist())
+        if not name or units.fixed.keys() >= classes or model.get_submodule(name)._modules:
             continue
         if (columns := _columns(model, units, name, line)) is not None:
             weights[name].add(columns)
-        elif not of_weights:
+        elif streams or added.isdisjoint(classes):
             lines[name].add(tuple(units.label[line].tolist()))
     names = [name for name in {**lines, **weights} if len([*lines[name], *weights[name]]) == 1]
     calls = _calls(model, names, example_inputs) if names else {}
@@ -84,10 +86,10 @@ def find(model: nn.Module, units: Units, example_inputs: Any, *, of_weights: boo
     for name in names:
         layer, norm = model.get_submodule(name), None
         if name in calls and lines[name]:
-            (classes,) = lines[name]
-            dims = {_dim(*call, len(classes)) for call in calls[name]}
+            (labels,) = lines[name]
+            dims = {_dim(*call, len(labels)) for call in calls[name]}
             dim = dims.pop() if len(dims) == 1 else None
-            norm = None if dim is None else _of_input(layer, classes, dim, calls[name][0])
+            norm = None if dim is None else _of_input(layer, labels, dim, calls[name][0])
         elif name in calls:
             ((full, dim),) = weights[name]
             owner, _, own = full.rpartition(".")

@@ -41,7 +41,7 @@ class Sight:
         weight, dim = f"{name}.weight".lstrip("."), kind_of(layer).weight_dim(True)
         written = units.classes(weight, dim)
         classes = set(written)
-        refused = self._refused(classes)
+        refused = self._refused(classes) or self._normed(classes)
         if refused is not None:
             return refused
         if not classes or not classes.issubset(placement.classes()):
@@ -71,7 +71,17 @@ class Sight:
             return "other code reads its weight too, so gates on its inputs would not reach that"
         if not classes.isdisjoint(self.units.label[self.units.summed].tolist()):
             return "a sum reads what it reads too, and no weight is in that"
-        return self._refused(classes) or self._counted(classes)
+        return self._refused(classes) or self._normed(classes) or self._counted(classes)
+
+    def _normed(self, classes: set[int]) -> str | None:
+        """Why gates on the outputs of a layer do not close ``classes`` although a norm can count open ones only.
+
+        None if no norm counts them.
+        """
+        norm = next((name for name, n in self.placement.norms.items() if not classes.isdisjoint(n.classes)), None)
+        return (
+            None if norm is None else f"{norm!r} counts its channels, so only gates on what reads them can close these"
+        )
 
     def _counted(self, classes: set[int]) -> str | None:
         """Why code beside the layers needs the width of ``classes``; None if none is known to."""
@@ -138,12 +148,13 @@ def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
 def _placed_within(model: nn.Module, example_inputs: Any, within: Iterable[str] = ()) -> tuple[Units, Placement]:
     """As :func:`_placed`, for these grouped convolutions whose groups all lose the same channels.
 
-    Layers that standardise their weights count only open units, so what they read may have gates.
+    Norms and layers that standardise their weights count only open units, so what they count may have gates; but for
+    the widths of residual streams.
     """
     units = trace_units(model, example_inputs, within=within)
-    layers = open_norms.find(model, units, example_inputs, of_weights=True)
-    units = units.with_open_statistics(layers)
-    return units, unit_gates.place(model, units, example_inputs, layers)
+    norms = open_norms.find(model, units, example_inputs, streams=False)
+    units = units.with_open_statistics(norms)
+    return units, unit_gates.place(model, units, example_inputs, norms)
 
 
 def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:

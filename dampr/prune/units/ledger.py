@@ -144,6 +144,7 @@ class Ledger:
             no group goes as a whole.
         in_groups: names of the weights of convolutions with groups of several channels.
         kept: name of a module -> the whole numbers that it keeps, as :func:`.numbers.kept_numbers` returns them.
+        added: units of activations that are added to others, as along a residual stream.
         pieces: (name of the module, attribute, units in order) of every part of a dimension that code takes by a number
             which the module keeps in this attribute.
         count: the number of the next unit.
@@ -172,6 +173,7 @@ class Ledger:
     in_groups: set[str] = field(default_factory=set)
     kept: dict[str, dict[str, int]] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
+    added: list[Ints] = field(default_factory=list)
     count: int = 1
 
     @classmethod
@@ -226,6 +228,7 @@ class Ledger:
             self.counted,
             self.beside,
             self.pieces,
+            self.added,
         ]
 
     # records that rules make

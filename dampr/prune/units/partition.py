@@ -62,6 +62,7 @@ class Units:
         numbers: the arguments of elementwise operators that are no tensors, in the order of calls.
         columns: bool (units,), whether each unit belongs to a contracted dimension of a weight.
         summed: bool (units,), whether activations of each unit are added up without a weight.
+        added: bool (units,), whether activations of each unit are added to others, as along a residual stream.
         products: the products on the first example inputs in evaluation, if that was traced.
         counted, normed, within, in_groups, pieces: as in the ledger; there norms of weights have an empty name.
     """
@@ -82,6 +83,7 @@ class Units:
     numbers: list[tuple[Any, ...]] = field(default_factory=list)
     columns: Bools = field(default_factory=lambda: np.zeros(0, bool))
     summed: Bools = field(default_factory=lambda: np.zeros(0, bool))
+    added: Bools = field(default_factory=lambda: np.zeros(0, bool))
     products: list[Product] = field(default_factory=list)
     counted: list[tuple[str, Ints]] = field(default_factory=list)
     normed: list[tuple[str, Ints, int]] = field(default_factory=list)
@@ -246,6 +248,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         numbers=ledger.numbers,
         columns=columns,
         summed=_marked(ledger.count, ledger.summed),
+        added=_marked(ledger.count, ledger.added),
         products=[_factored(product, label) for product in ledger.products],
         counted=[*ledger.counted, *(("", units[~read]) for units, read, _ in sums)],
         normed=ledger.normed,

@@ -169,6 +169,8 @@ def elementwise(call: Call) -> Axes:
             [[at_rank(axis, len(shape)) for axis in call.axes(t)] for t in call.given if t.dtype.is_floating_point]
         )
     axes = ledger.meet(shape, operands, call)
+    if call.name in ("add", "sub") and sum(marks is not None and not marks.weight for marks in call.marks) > 1:
+        ledger.added += [line(axis) for axis in axes]
     for tensor in call.given:
         ahead = len(shape) - tensor.dim()
         taken = meet_constants(call, tensor, axes, [d - ahead for d in range(len(shape))])
