@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import dampr
 from dampr.gates import Fixed, Gate, OwnedGate, SteppedGate
 from dampr.prune.controller import Ramp, even_share
+from tests.long import long_if
 
 FAMILIES = ("hard_concrete", "dep_l0", "dam", "diffprune", "diffmask")
 OPTIMIZERS = {
@@ -137,13 +138,20 @@ def test_importance_follows_the_goal_whatever_the_optimizer(net, every):
 
 @pytest.mark.parametrize(
     ("net", "family"),
-    [("mlp", "hard_concrete"), ("cnn", "dep_l0"), ("gru", "diffmask"), ("mlp", "diffprune"), ("cnn", "dam")],
+    [
+        ("mlp", "hard_concrete"),
+        ("gru", "diffmask"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.long)
+            for pair in (("cnn", "dep_l0"), ("mlp", "diffprune"), ("cnn", "dam"))
+        ),
+    ],
 )
 def test_a_long_schedule_is_followed_too(net, family):
     check(*follow(net, family, "adam", 0.25, 600)[:2], 0.25)
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", [long_if(net, "cnn", "gru") for net in NETS])
 def test_importance_follows_a_long_schedule_too(net):
     check(*follow(net, "hard_concrete", "adam", 0.05, 600, "importance")[:2], 0.05)
 

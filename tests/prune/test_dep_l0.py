@@ -16,6 +16,7 @@ from dampr.gates import DependencyGenerator
 from dampr.nn import GatedLayer
 from dampr.prune.measure import count_macs, count_params
 from tests import models
+from tests.long import long_if
 
 # the network, its golden numbers, which layers are gated, kernel areas of these, statistics of its generator
 PUBLISHED: dict[str, Any] = {
@@ -43,7 +44,7 @@ def published(name: str, **how: Any) -> tuple[nn.Module, DependencyGenerator]:
     return model, generator_of(model)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [long_if(name, "resnet50") for name in PUBLISHED])
 def test_golden_generators_of_the_published_networks_are_found_by_convert(golden: dict[str, Any], name: str) -> None:
     numbers, _, areas, statistics = PUBLISHED[name]
     case = golden["dep_l0"]["untrained_generator_statistics"][f"{statistics}_forward"]

@@ -12,6 +12,7 @@ import dampr
 from dampr.prune.cost import Cost
 from dampr.prune.measure import count_macs, count_params
 from tests import models
+from tests.long import long_if
 
 
 def close_at_random(model, share=0.5):
@@ -52,7 +53,7 @@ def test_masked_equals_compacted_at_the_size_foretold(name, tie, seed):
     check_compaction(*models.ALL[name](), tie)
 
 
-@pytest.mark.parametrize("name", models.FULL)
+@pytest.mark.parametrize("name", [long_if(name, "resnet50") for name in models.FULL])
 def test_published_networks_at_their_full_size(name):
     check_compaction(*models.FULL[name](), tie=True)
 

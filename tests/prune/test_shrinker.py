@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import dampr
 from dampr.gates import SelectedGate
 from dampr.prune.layout import resized, shapes_of
+from tests.long import long_if
 from tests.models import ALL
 
 
@@ -281,7 +282,9 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name", [long_if(name, "resnet18", "shufflenet", "vit", "bidirectional lstm") for name in PLANS]
+)
 def test_a_plan_ends_with_what_it_ends_with_without_shrinking(name):
     """In double precision, and without momentum, which moves closed units that are still there."""
     macs, found = 0.7 if name in ("vit", "encoder") else 0.5, []
@@ -390,8 +393,8 @@ STOPS, AVERAGED_STOPS = (42, 47, 49, 50, 60), (20, 48, 60)
 KILLED = ["resnet18", "gru", "vit"]
 
 
-@pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("name", KILLED)
+@pytest.mark.parametrize("stop", [long_if(stop, 47, 49, 60) for stop in STOPS])
+@pytest.mark.parametrize("name", [long_if(name, "vit") for name in KILLED])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(name, stop):
     assert_ends_alike(resumed(name, stop), left_alone(name))
 
@@ -431,7 +434,7 @@ def test_an_average_of_the_buffers_too_leaves_the_run_as_it_is(name):
     assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
-@pytest.mark.parametrize("stop", AVERAGED_STOPS)
+@pytest.mark.parametrize("stop", [long_if(stop, 20) for stop in AVERAGED_STOPS])
 def test_a_run_with_an_average_goes_on_to_the_same_bits(stop):
     assert_ends_alike(resumed("resnet18", stop, averaged=True), left_alone("resnet18", averaged=True))
 

@@ -23,6 +23,7 @@ from dampr.prune import streams
 from dampr.prune.cost import Cost
 from dampr.prune.latency import Latency
 from dampr.prune.measure import count_macs, count_params
+from tests.long import long_if
 from tests.residual import (
     CASES,
     GATED,
@@ -246,7 +247,7 @@ def test_every_family(family: str) -> None:
     assert width_of(compacted(model, x)) == {5}
 
 
-@pytest.mark.parametrize("metric", ["macs", "params"])
+@pytest.mark.parametrize("metric", ["macs", long_if("params", "params")])
 def test_a_budget_ends_at_what_compaction_counts(metric: str) -> None:
     for case in ("blocks", "translator", "sublayers"):
         model, x = built(case)

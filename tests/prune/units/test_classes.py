@@ -77,16 +77,16 @@ def test_a_reason_names_operator_module_and_line():
 
 def test_an_operator_that_is_not_known_is_opaque():
     model = nn.Sequential(
-        nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(-1, (2, 3)), Inverse(), nn.Flatten(1), nn.Linear(6, 2)
+        nn.Linear(4, 6), nn.ReLU(), nn.Unflatten(-1, (2, 3)), Reflections(), nn.Flatten(1), nn.Linear(6, 2)
     )
     units = trace_units(model, torch.randn(3, 4))
     assert units.why_not("0.weight", 0).kind == "opaque"
     assert "linalg" in units.why_not("0.weight", 0).operator
 
 
-class Inverse(nn.Module):
+class Reflections(nn.Module):
     def forward(self, x):
-        return torch.linalg.pinv(x)
+        return torch.linalg.householder_product(x.mT, x[..., 0])
 
 
 class Picked(nn.Module):
