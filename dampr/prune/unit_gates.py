@@ -421,7 +421,7 @@ def left_out(
             found[path] = str(_known(units, placement, written[0]) or _unreadable(model, units, written[0]) or UNSAID)
         elif written:
             with_gates.add(path)
-        elif name in parameters and (reason := _unwritten(model.get_submodule(path), units, placement, origin)):
+        elif name in parameters and (reason := _unwritten(model.get_submodule(path), units, placement, gated, origin)):
             found[path] = reason
     return {path: reason for path, reason in found.items() if path not in with_gates}
 
@@ -439,7 +439,7 @@ def _written(model: nn.Module, units: Units, name: str) -> list[int]:
     return found
 
 
-def _unwritten(layer: nn.Module, units: Units, placement: Placement, origin: str) -> str | None:
+def _unwritten(layer: nn.Module, units: Units, placement: Placement, gated: set[int], origin: str) -> str | None:
     """Why a layer has no gates of whose parameter ``origin`` the trace saw no unit written; None if the parameter does
     not say it.
     """
@@ -447,7 +447,10 @@ def _unwritten(layer: nn.Module, units: Units, placement: Placement, origin: str
         return "it has one channel"
     if any(units.is_column(origin, dim) for dim, *_ in units.origin[origin]):
         return None
-    reason = _known(units, placement, [one for dim, *_ in units.origin[origin] for one in units.classes(origin, dim)])
+    classes = [one for dim, *_ in units.origin[origin] for one in units.classes(origin, dim)]
+    if not gated.isdisjoint(classes):
+        return None
+    reason = _known(units, placement, classes)
     return str(reason) if reason is not None else None
 
 
