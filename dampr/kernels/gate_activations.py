@@ -20,9 +20,11 @@ def gate_columns_kernel(
     t_ptr, other_ptr, z_ptr, out_ptr, partial_ptr, middle, n, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """out = t z, and partial (outer, splits, n) = the sum of t * other over the rows of a split, in order.
+    """out = t z, and partial (outer, splits, n) = the sum of t * other over the rows of a split, in order; each of the
+    two is optional (a pointer that is None).
 
-    t, other: (outer, middle, n). Grid: (outer * splits * column blocks,), with column blocks changing fastest.
+    t, other: (outer, middle, n). z: (n,), or (outer, n) with PER_OUTER. A split is ``rows_per_split`` rows of middle.
+    Grid: (outer * splits * column blocks,), with column blocks changing fastest.
     """
     blocks, splits = tl.cdiv(n, BLOCK_N), tl.cdiv(middle, rows_per_split)
     pid = tl.program_id(0).to(tl.int64)

@@ -18,8 +18,14 @@ and dy by gates (``gate_rows_*``), around the library's GEMM.
 
 Here z' is the slope dz/dlog_alpha. Gates are drawn again wherever they are needed and never stored. Products with a
 gate are computed in float32 and rounded once. Column sums go through a (splits, n) workspace and ``reduce_kernel``,
-always in the same order, without atomics. Innermost strides are 1. A missing gate, bias or output is a pointer that is
-None.
+always in the same order, without atomics. Innermost strides are 1; ``stride_xm`` is the distance between rows m of x in
+elements, and so on. A missing gate, bias or output is a pointer that is None. Indices that are multiplied by a size or
+a stride are int64.
+
+Compile-time arguments that many kernels have: ``GATE`` is the GateSpec of all gates of the layer. ``GROUPED``
+(``IN_GROUPED``, ``OUT_GROUPED``) says that the rows of gates have a multiple of 4 elements (gates.py, ``draw_words``).
+``GROUP`` has nothing to do with that; it is the order of tiles (:func:`tile_of`). ``EVEN`` says that loads along the
+summed dimension need no mask. ``PRECISION`` is the ``input_precision`` of ``tl.dot``.
 """
 
 import triton
@@ -43,8 +49,10 @@ def tile_of(pid, num_rows, num_cols, GROUP: tl.constexpr):
 def gate_tile(
     tile, log_alpha_ptr, seed_ptr, row, col, n, BLOCK: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr
 ):
-    """tile * z for rows ``row`` [BLOCK_M] and columns col .. col + BLOCK - 1 of n, computed in float32 and rounded once
-    to the tile's dtype.
+    """tile * z for a tile [BLOCK_M, BLOCK] of a matrix (M, n) with a draw for each row.
+
+    It has the rows ``row`` [BLOCK_M] and the columns col .. col + BLOCK - 1. Gate ``row * n + col`` is drawn for an
+    element. The product is computed in float32 and rounded once to the tile's dtype.
     """
     log_alpha = load_columns(log_alpha_ptr, col, n, BLOCK)[None, :]
     z, _ = draw_gate(log_alpha, load_seed(seed_ptr, GATE), (row * n + col)[:, None], BLOCK, GROUPED, GATE)
@@ -53,8 +61,9 @@ def gate_tile(
 
 @triton.jit
 def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The four column blocks of a tile, [BLOCK_M, BLOCK_N / 4] each, because drawing the gates of a whole accumulator
-    at once spills registers.
+    """The four column blocks of a tile, [BLOCK_M, BLOCK_N / 4] each, from left to right.
+
+    Epilogues draw gates for one block after the other, because the gates of a whole accumulator would spill registers.
     """
     left, right = tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     q0, q1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_M, 2, BLOCK_N // 4)), (0, 2, 1)))
@@ -64,9 +73,9 @@ def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def weight_tile(K, BLOCK_K: tl.constexpr):
-    """(row, column) of this program's tile of a weight with K columns.
+    """(row, column) of this program's tile of a weight with K columns, counted in tiles.
 
-    The grid has one dimension, because the others end at 65,535.
+    The grid has one dimension, because the second one of a CUDA grid has at most 65,535 programs.
     """
     pid, width = tl.program_id(0), tl.maximum(tl.cdiv(K, BLOCK_K), 1)
     return (pid // width).to(tl.int64), (pid % width).to(tl.int64)
@@ -77,8 +86,10 @@ def fold_fwd_kernel(
     w_ptr, bias_ptr, in_log_alpha_ptr, out_log_alpha_ptr, in_seed_ptr, out_seed_ptr, folded_ptr, folded_bias_ptr,
     N, K, stride_wn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """folded (N, K) = W z_out[n] z_in[k] and folded_bias (N,) = b z_out, in the dtypes of the outputs; grid:
-    (tiles,).
+    """folded (N, K) = W z_out[n] z_in[k] and folded_bias (N,) = b z_out, with one draw per batch, in the dtypes of the
+    outputs; grid: (tiles,).
+
+    Without output gates, folded_bias is not written: the bias is used as it is.
     """
     tile_n, tile_k = weight_tile(K, BLOCK_K)
     n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
@@ -108,7 +119,7 @@ def fold_bwd_kernel(
     """The gradients of the fold from G = dy^T x and W, both (N, K), in one pass; grid: (tiles,).
 
     dw (N, K) = z_out z_in G. in_partial (N tiles, K): the sum of z_out W G over this tile's n. out_partial (K tiles,
-    N): the sum of z_in W G over its k.
+    N): the sum of z_in W G over its k. ``fold_gate_bwd_kernel`` adds up the partial sums and multiplies them by z'.
     """
     tile_n, tile_k = weight_tile(K, BLOCK_K)
     n0, k0 = tile_n * BLOCK_N, tile_k * BLOCK_K
@@ -139,8 +150,10 @@ def fold_gate_bwd_kernel(
     partial_ptr, bias_ptr, dy_sum_ptr, log_alpha_ptr, seed_ptr, dlog_alpha_ptr, dbias_ptr,
     splits, n, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dlog_alpha (n,) = (sum of partial (splits, n) + b sum_m dy) z' and dbias (n,) = z sum_m dy; grid:
-    (column blocks,).
+    """The end of the backward of the fold, for the input gates (n = K, without bias) or the output gates (n = N).
+
+    dlog_alpha (n,) = (sum over splits of partial (splits, n) + b dy_sum) z', and dbias (n,) = z dy_sum, with dy_sum
+    (n,) = sum_m dy. Grid: (column blocks,).
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK_N
     cols = start + tl.arange(0, BLOCK_N)
@@ -164,8 +177,8 @@ def gate_rows_fwd_kernel(
     t_ptr, log_alpha_ptr, seed_ptr, gated_ptr, M, n, stride_tm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """gated (M, n) = t z, with a draw for each row; grid: (row blocks * column blocks,), as a second dimension ends at
-    65,535.
+    """gated (M, n) = t z, with a draw for each row; grid: (row blocks * column blocks,), with column blocks changing
+    fastest.
     """
     pid, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK_N)
     start, row = pid % blocks * BLOCK_N, pid // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -182,10 +195,11 @@ def gate_rows_bwd_kernel(
     M, n, stride_gm, stride_tm, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """For the gradient g (M, n) of t z: gated (M, n) = g z; gate_partial and sum_partial (splits, n) = the sums of g t
-    z' and of g z over the rows of a split, in order.
+    """The backward of ``gate_rows_fwd_kernel``, for the gradient g (M, n) of t z, with a draw for each row.
 
-    Grid: (column blocks, splits).
+    gated (M, n) = g z is the gradient of t. gate_partial (splits, n) = the sum of g t z' over the rows of a split, in
+    order; added up over the splits it is dlog_alpha. sum_partial (splits, n) = the sum of g z over the same rows, from
+    which follows dbias. Each of the three is optional. Grid: (column blocks, splits).
     """
     start, split = tl.program_id(0).to(tl.int64) * BLOCK_N, tl.program_id(1).to(tl.int64)
     col = start + tl.arange(0, BLOCK_N)
@@ -223,7 +237,8 @@ def gated_linear_fwd_kernel(
 ):  # fmt: skip
     """y (M, N), with a draw for each row; pre (M, N) = (x z_in) W^T + b, y before the output gates, for the backward.
 
-    EVEN: K is a multiple of BLOCK_K. IN_GROUPED, OUT_GROUPED: K, or N, is a multiple of 4.
+    A program computes one tile [BLOCK_M, BLOCK_N] of y. Grid: (tiles,), in the order of ``tile_of``. EVEN: K is a
+    multiple of BLOCK_K. IN_GROUPED, OUT_GROUPED: K, or N, is a multiple of 4.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row, col = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -265,9 +280,10 @@ def gated_linear_bwd_dx_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     IN_GROUPED: tl.constexpr, OUT_GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, K), and partial (M tiles, K) = the sum of x ((dy z_out) W) z_in' over this tile's m.
+    """dx (M, K) = ((dy z_out) W) z_in, and partial (M tiles, K) = the sum of x ((dy z_out) W) z_in' over this tile's m.
 
-    EVEN: N is a multiple of BLOCK_N.
+    A program computes one tile [BLOCK_M, BLOCK_K] of dx. Grid: (tiles,), in the order of ``tile_of``. Without input
+    gates there is no partial. EVEN: N is a multiple of BLOCK_N.
     """
     tile_m, tile_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     row, col = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -312,9 +328,10 @@ def gated_linear_bwd_dw_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     IN_GROUPED: tl.constexpr, OUT_GROUPED: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """dw (splits, N, K) = (dy z_out)^T (x z_in) over the rows of a split; grid: (tiles, splits).
+    """dw (splits, N, K) = (dy z_out)^T (x z_in), summed over the ``rows_per_split`` rows m of a split.
 
-    EVEN: M is splits * rows_per_split.
+    A program computes one tile [BLOCK_N, BLOCK_K] of one split; ``row`` and ``col`` are indices n and k. Grid: (tiles,
+    splits). EVEN: M is splits * rows_per_split.
     """
     tile_n, tile_k = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP)
     split = tl.program_id(1).to(tl.int64)

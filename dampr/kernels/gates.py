@@ -53,11 +53,11 @@ def exp_portable(x):
 
 @triton.jit
 def draw_words(seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
-    """The Philox words of gates start .. start + BLOCK - 1.
+    """The Philox words of gates start .. start + BLOCK - 1: one uint32 word for each gate.
 
     ``start``, int64: a scalar, for a result of shape [BLOCK]; or [BLOCK_M, 1], for [BLOCK_M, BLOCK]. One Philox
-    evaluation gives four words. GROUPED: ``start`` is a multiple of 4, so all four are used; else each gate evaluates
-    its own group.
+    evaluation gives the four words of a group: gate i has word i % 4 of group i // 4 (dampr/philox.py). GROUPED:
+    ``start`` and BLOCK are multiples of 4, so each group is evaluated once; else each gate evaluates its group anew.
     """
     if GROUPED:
         group = (start >> 2) + tl.arange(0, BLOCK // 4)
@@ -67,7 +67,7 @@ def draw_words(seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
     zero = tl.zeros(group.shape, tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, group.to(tl.uint32), (group >> 32).to(tl.uint32), zero, zero)
     if GROUPED:
-        return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+        return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # w0 w1 w2 w3 of each group in turn
     else:
         which = index & 3
         return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
@@ -75,7 +75,11 @@ def draw_words(seed, start, BLOCK: tl.constexpr, GROUPED: tl.constexpr):
 
 @triton.jit
 def uniform(word):
-    """uint32 -> float32 in [2^-24, 1 - 2^-24], as dampr.philox.uniform."""
+    """uint32 words -> uniform float32 numbers in [2^-24, 1 - 2^-24], equal to the bit to those of dampr.philox.uniform.
+
+    The word is read as int32, negative numbers are folded onto the others, and the result is multiplied by a number
+    just below 2^-31, as ``tl.rand`` does.
+    """
     word = word.to(tl.int32, bitcast=True)
     u = tl.where(word < 0, -word - 1, word).to(tl.float32) * UNIFORM_SCALE
     return tl.minimum(tl.maximum(u, EDGE), NOT_ONE)
@@ -89,7 +93,7 @@ def draw_hard_concrete(log_alpha, seed, start, BLOCK: tl.constexpr, GROUPED: tl.
         a = exp_portable(-log_alpha)  # [1, BLOCK]: all rows share it
         closed = u * (a + GATE.c0) <= a
         full = u * (a + GATE.c1) >= a
-        q = a * (1.0 - u)  # t = q / u
+        q = a * (1.0 - u)  # t = q / u; s = 1 / (1 + t ** (1 / beta)) = sigmoid((logit u + log_alpha) / beta)
         if is_two_thirds(GATE.beta):
             power_u = u * tl.sqrt(u)
             s = power_u / (power_u + q * tl.sqrt(q))  # one division instead of two
@@ -153,7 +157,11 @@ def ramp_gate(x, GATE: tl.constexpr):
 
 @triton.jit
 def masked_gate(alpha, GATE: tl.constexpr):
-    """(z, dz/dalpha) of the mask family, shaped like ``alpha``: z = alpha M and dz/dalpha = M + |alpha| dM/d|alpha|."""
+    """(z, dz/dalpha) of the mask family, shaped like ``alpha``: z = alpha M and dz/dalpha = M + |alpha| dM/d|alpha|.
+
+    With y = beta (|alpha| - lo), ``m`` is M(y) and ``steep`` is M'(y). The hard rule has a step as M, and takes M' from
+    the smooth rule. Exponentials are of -|y|, so they cannot overflow.
+    """
     size = tl.abs(alpha)
     closed = size <= GATE.lo
     y = (size - GATE.lo) * GATE.beta
@@ -234,8 +242,10 @@ def sample_gates_fwd_kernel(
     GROUPED: tl.constexpr,
     GATE: tl.constexpr,
 ):
-    """z (rows, n) from log_alpha (n,); grid: (row blocks * column blocks,), because a second dimension ends at
-    65,535.
+    """z (rows, n), float32, from log_alpha (n,); a row is one draw.
+
+    Grid: (row blocks * column blocks,), with column blocks changing fastest. It has one dimension, because the second
+    one of a CUDA grid has at most 65,535 programs. GROUPED: n is a multiple of 4.
     """
     pid, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(n, BLOCK_N)
     col, row = pid % blocks * BLOCK_N, pid // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -253,7 +263,11 @@ def sample_gates_bwd_kernel(
     dz_ptr, log_alpha_ptr, seed_ptr, partial_ptr, rows, n, rows_per_split,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPED: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """partial (splits, n) = the sum of dz z' over the rows of a split, in order; grid: (column blocks, splits)."""
+    """partial (splits, n), float32 = the sum of dz z' over the rows of a split, in order, for dz (rows, n).
+
+    A split is ``rows_per_split`` consecutive rows; ``reduce_kernel`` adds the splits. Grid: (column blocks, splits).
+    GROUPED: n is a multiple of 4.
+    """
     col = tl.program_id(0).to(tl.int64) * BLOCK_N
     split = tl.program_id(1).to(tl.int64)
     cols = col + tl.arange(0, BLOCK_N)

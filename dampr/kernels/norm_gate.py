@@ -6,15 +6,20 @@
     dx = gain rstd (z dp - dbias / N - h dgain / N) with N elements per channel; without the last two terms if the
     statistics are running ones
 
-x is (outer, middle, n, inner) in the order of its memory, with channels on n.
+x is (outer, middle, n, inner) in the order of its memory, with channels on n. z are values of gates, float32, which
+another kernel has drawn: (n,) for a draw per batch, or (outer, n), with PER_OUTER, for a draw per sample. So the
+gradient dz is with respect to these values; ``sample_gates_bwd_kernel`` (gates.py) makes dlog_alpha of it. gain, bias,
+mean and var are (n,), float32.
 
 The kernels are bound by memory: the forward reads x twice and writes y, the backward reads x and dy twice and writes
 dx. Layouts are those of gate_activations.py: channels along the columns of a tile if inner = 1 (channels last), else
 one channel for each row of inner elements. A program sums over one axis of its tile, and the parts are joined in a
-fixed order, without atomics. Each part of the variance has a mean of its own (Chan, Golub, LeVeque 1983), so a mean
-that is large against the spread costs few digits. Statistics are divided with tl.div_rn, which rounds correctly. The
-operator / is off by up to two units in the last place on a GPU; for a mean of 100 that is six times the allowed error
-of y.
+fixed order, without atomics.
+
+Each part of the variance has a mean of its own (Chan, Golub, LeVeque 1983), so few digits are lost if the mean is large
+against the standard deviation. In the code, ``spread`` is a sum of squared distances from a mean. Statistics are
+divided with tl.div_rn, which rounds correctly. The operator / is off by up to two units in the last place on a GPU; for
+a mean of 100 that is six times the allowed error of y.
 """
 
 import triton
@@ -70,15 +75,15 @@ def norm_stats_columns_kernel(
     pid = tl.program_id(0)
     split, col = (pid // blocks).to(tl.int64), (pid % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     start, end = split * rows_per_split, tl.minimum((split + 1) * rows_per_split, rows)
-    # Distances from the mean of the first tile are summed, and not the elements, whose mean may be large against the
-    # spread and would cancel its digits. Each element of the tile has running sums of its own, in registers, so shared
-    # memory is used only at the beginning and at the end.
+    # Sum distances from ``near``, the mean of the first tile, and not the elements: if these have a large mean and a
+    # small variance, the difference of their sums would lose digits. Each element of the tile has running sums of its
+    # own, in registers, so shared memory is used only at the beginning and at the end.
     row = start + tl.arange(0, BLOCK_M)
     x = tl.load(x_ptr + row[:, None] * n + col[None, :], mask=(row < end)[:, None] & (col < n)[None, :], other=0.0).to(
         tl.float32
     )
     near = tl.div_rn(tl.sum(x, axis=0), tl.maximum(tl.minimum(end - start, BLOCK_M), 1).to(tl.float32))
-    near = tl.where(tl.abs(near) < float("inf"), near, 0.0)
+    near = tl.where(tl.abs(near) < float("inf"), near, 0.0)  # a mean that is NaN or infinite helps nothing
     moved, spread = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_split, BLOCK_M):
         row = start + first + tl.arange(0, BLOCK_M)
@@ -130,8 +135,9 @@ def norm_stats_join_kernel(
     blocks,).
 
     Part i has the elements from i % pieces * per_piece on, up to per_piece of ``length``. Means are joined as distances
-    from the first one, then squared distances from the joined mean. The running statistics, if there are any, become
-    ``stays`` times the old ones plus a share of the new ones, and ``updates`` is increased by 1.
+    from the first one, then squared distances from the joined mean. Running statistics, if there are any, are updated:
+    running = stays * running + mean_share * mean, or + var_share * var. ``updates``, the count of batches, is increased
+    by 1.
     """
     col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     whole = tl.zeros((BLOCK_N,), tl.float32) + count
@@ -175,8 +181,11 @@ def norm_gate_columns_kernel(
 ):  # fmt: skip
     """One of three passes over x (outer, middle, n); the pointers that are None say which.
 
-    Without dy: out = y. With dy and partial: partial (outer, splits, 2, n) = S0 and S1 of the rows of a split, in
-    order. With dy and out: out = dx, where sums (2, n) are dbias and dgain, or None for running statistics.
+    1. Forward, without dy: out = y.
+    2. First pass of the backward, with dy and partial: partial (outer, splits, 2, n) = S0 and S1 of the rows of a
+       split, in order.
+    3. Second pass of the backward, with dy and out: out = dx. sums (2, n) are dbias and dgain, which dx needs if the
+       statistics are those of x; None for running statistics. ``count``: the elements per channel, N in the equation.
 
     Grid: (outer * splits * column blocks,), with column blocks changing fastest.
     """
@@ -190,7 +199,7 @@ def norm_gate_columns_kernel(
     gain, bias = _channel(gain_ptr, col, inside, 1.0)[None, :], _channel(bias_ptr, col, inside, 0.0)[None, :]
     mean = _channel(mean_ptr, col, inside, 0.0)[None, :]
     rstd = (1.0 / tl.sqrt_rn(_channel(var_ptr, col, inside, 1.0) + EPS))[None, :]
-    if sums_ptr is not None:
+    if sums_ptr is not None:  # dbias / N and dgain / N, the parts of dx that flow through mean and variance
         by_bias = _channel(sums_ptr, col, inside, 0.0)[None, :] / count
         by_gain = _channel(sums_ptr + n, col, inside, 0.0)[None, :] / count
     # Whole tiles of running sums: a sum over their rows goes through shared memory, so it is done once, at the end.
@@ -239,7 +248,7 @@ def norm_gate_rows_kernel(
     gain, bias = _channel(gain_ptr, channel, inside, 1.0)[:, None], _channel(bias_ptr, channel, inside, 0.0)[:, None]
     mean = _channel(mean_ptr, channel, inside, 0.0)[:, None]
     rstd = (1.0 / tl.sqrt_rn(_channel(var_ptr, channel, inside, 1.0) + EPS))[:, None]
-    if sums_ptr is not None:
+    if sums_ptr is not None:  # dbias / N and dgain / N, the parts of dx that flow through mean and variance
         by_bias = _channel(sums_ptr, channel, inside, 0.0)[:, None] / count
         by_gain = _channel(sums_ptr + n, channel, inside, 0.0)[:, None] / count
     total, product = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
@@ -272,10 +281,11 @@ def norm_gate_finish_kernel(
     sums_ptr, z_ptr, gain_ptr, bias_ptr, dz_ptr, partial_ptr, outer, parts, n, outer_per_split,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dz (outer, n), and partial (splits, 2, n), the shares of dbias and dgain of each split, from the sums S0 and S1
-    (outer, parts, 2, n).
+    """From the sums S0 and S1 of the first pass (outer, parts, 2, n): dz (outer, n), and partial (splits, 2, n), which
+    added up over the splits is (dbias, dgain).
 
-    Grid: (splits * column blocks,), with column blocks changing fastest.
+    A split is ``outer_per_split`` consecutive outer indices. With a draw per batch, outer is 1. Grid: (splits * column
+    blocks,), with column blocks changing fastest.
     """
     blocks = tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
