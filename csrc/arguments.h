@@ -74,10 +74,10 @@ T* required(const char* name, Address address, int64_t elements) {
 // The bytes of one element.
 int64_t size_of(DType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
-// Makes the system give memory to a large output in huge pages (2 MB). A new allocation has no memory behind it until
-// it is written. Getting that in pages of 4 KB takes several times as long as filling it: 17 ms for 64 MB, against 5 ms
-// in huge pages. One thread touches each page, because two threads that meet in a new page would both clear it.
-// Touching rewrites the byte that is there, as an output may be an input too.
+// Makes the system give memory to a large output in huge pages (2 MB). A new allocation gets no memory until it is
+// written. Getting memory in pages of 4 KB takes several times as long as filling it: 17 ms for 64 MB, against 5 ms in
+// huge pages. One thread touches each page, because two threads that touch a new page at the same time would both clear
+// it. Touching rewrites the byte that is there, because an output may be an input too.
 void touch_huge_pages(Address address, int64_t bytes, int threads) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr Address kHugePage = Address{1} << 21;

@@ -12,8 +12,8 @@
 namespace dampr {
 namespace {
 
-// Calls f(first line, end line) for work items that together cover `lines` lines of `length` elements each. An item has
-// about kItem elements.
+// Calls f(first line, end line) for work items that together cover `lines` lines of `length` contiguous elements each.
+// An item is a range of lines with about kItem elements in all.
 template <class F>
 void each_lines(int64_t lines, int64_t length, int threads, F&& f) {
   const int64_t block = length < kItem ? kItem / (length > 0 ? length : 1) : 1;

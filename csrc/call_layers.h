@@ -182,7 +182,7 @@ Generator checked_generator(const std::vector<Address>& addresses, const std::ve
   return a;
 }
 
-// values: a_1, a_2, ..., one behind the other.
+// Writes the generator's outputs a_1, a_2, ... to values, one after the other.
 void generator_fwd(int dtype, const std::vector<Address>& parameters, const std::vector<int64_t>& widths, double limit,
                    Address values) {
   const Kernels& table = kernels();

@@ -76,7 +76,11 @@ inline G clip_open(G z) {
   return z < kEdge ? kEdge : z > 1 - kEdge ? 1 - kEdge : z;
 }
 
-// Hard concrete gates that are drawn. kTwoThirds: beta is 2/3, where t ** (1 / beta) needs no logarithm.
+// Hard concrete gates that are drawn. With a = exp(-log_alpha) and t = a (1 - u) / u:
+//   s = sigmoid((logit u + log_alpha) / beta) = 1 / (1 + t ** (1 / beta)),   z = clip(s (zeta - gamma) + gamma, 0, 1)
+// Whether z is 0 or 1 is decided by u and a in float, before s is known: z = 0 iff u (a + c0) <= a, z = 1 iff
+// u (a + c1) >= a. c0 and c1 are these thresholds solved for u (dampr/spec.py).
+// kTwoThirds: beta is 2/3, where t ** (1 / beta) is t sqrt(t) and needs no logarithm.
 template <class G, bool kTwoThirds>
 struct HardConcreteDrawn {
   using Value = G;
@@ -91,7 +95,8 @@ struct HardConcreteDrawn {
         range(static_cast<G>(s.zeta - s.gamma)),
         inverse_beta(static_cast<G>(1.0 / s.beta)) {}
 
-  // p: exp(-log_alpha) in float, for the comparisons; q: the same in double, for the value, if G is double.
+  // p: exp(-log_alpha) in float, for the comparisons. q: the same in double, for the value, if G is double; else q is
+  // not written, and the value is computed from p.
   void prepare(const G* __restrict log_alpha, G* __restrict p, G* __restrict q, int count) const {
 #pragma omp simd
     for (int j = 0; j < count; ++j) p[j] = static_cast<G>(exp_portable(static_cast<float>(-log_alpha[j])));
@@ -99,6 +104,7 @@ struct HardConcreteDrawn {
       for (int j = 0; j < count; ++j) q[j] = exponential(-log_alpha[j]);
   }
 
+  // s for e = exp(-log_alpha) and the noise u.
   inline G sigmoid(G e, G u) const {
     const G b = e * (1 - u);
     if constexpr (kTwoThirds) {
@@ -168,7 +174,7 @@ inline G off_zero(G z) {
   return z < kEdge ? kEdge : z;
 }
 
-// h(y) and h'(y) for y >= 0, of the ramp kShape (DiffPrune). A NaN stays a NaN.
+// h(y) and h'(y) for y >= 0, of the ramp kShape (DAM, DiffPrune). A NaN stays a NaN.
 template <class G, Rule kShape>
 inline GatePoint<G> ramp_point(G y) {
   if constexpr (kShape == kClip || kShape == kLinear) return {y, 1};
@@ -189,7 +195,7 @@ inline GatePoint<G> ramp_point(G y) {
   }
 }
 
-// DiffPrune: z = h(k x), with sharpness k; 0 if x <= lo and, for kClip, 1 if x >= hi.
+// Ramp (DAM, DiffPrune): z = h(k x), with sharpness k = beta; 0 if x <= lo and, for kClip, 1 if x >= hi.
 template <class G, Rule kShape>
 void prepare_ramp(const GateSpec& s, const G* __restrict x, G* __restrict z, G* __restrict slope, int count) {
   const float lo = static_cast<float>(s.lo), hi = static_cast<float>(s.hi);
@@ -204,7 +210,11 @@ void prepare_ramp(const GateSpec& s, const G* __restrict x, G* __restrict z, G* 
   }
 }
 
-// Differentiable Mask: z = alpha M(|alpha|), with slope M + |alpha| dM/d|alpha|; the variant chooses M.
+// Differentiable Mask: z = alpha M(y) with y = b (|alpha| - t), slope b = beta and threshold t = lo. The slope is
+// dz/dalpha = M + |alpha| b M'(y). The variant chooses M (dampr/spec.py). kHard and kHardConstant have a step
+// as M; instead of its derivative, kHard takes that of kSmooth, and kHardConstant 0. In the loop: m = M, steep = M'(y),
+// size = |alpha|, distance = |y|, e = exp(-|y|), which cannot overflow. y and |alpha| are clamped, so that no product
+// is infinite times 0.
 template <class G, Rule kVariant>
 void prepare_mask(const GateSpec& s, const G* __restrict alpha, G* __restrict z, G* __restrict slope, int count) {
   constexpr G kLimit = 80, kWide = static_cast<G>(0x1p60);

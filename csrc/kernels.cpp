@@ -2,7 +2,8 @@
 // DAMPR_AVX2 or DAMPR_AVX512) defined.
 //
 // The loops are templates in rows.h, folds.h, blocks.h, planes.h, axis.h, norms.h, small.h and generator.h. Each
-// function here picks the instance for the dtypes and the gate family of a call.
+// function here that ends in _entry is a row of the table: it picks the instance of the template of the same name for
+// the dtypes and the gate family of a call. kernels.h says what each computes, and what a false result means.
 #if defined(DAMPR_AVX512) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own AVX-512 header, bug 105593
 #endif
@@ -165,6 +166,7 @@ void gather_entry(DType dtype, const Axis& a, int threads) {
   with_size(dtype, [&](auto x) { gather<typename decltype(x)::Type>(a, threads); });
 }
 
+// Returns false if scatter could not allocate its workspace.
 bool scatter_entry(DType dtype, const Axis& a, int threads) {
   bool done = false;
   with_size(dtype, [&](auto x) { done = scatter<typename decltype(x)::Type>(a, threads); });

@@ -10,7 +10,6 @@
 namespace dampr {
 
 // These numbers are those of dampr/ops/backend_cpp/host.py (dtypes) and dampr/spec.py (families and rules).
-// These numbers are those of dampr/ops/backend_cpp/host.py (dtypes) and dampr/spec.py (families and rules).
 enum DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 enum Family : int { kHardConcrete = 0, kValue = 1, kRamp = 2, kMask = 3 };
 enum Rule : int {
@@ -109,9 +108,13 @@ struct Axis {
   int64_t outer, n, count, inner;
 };
 
-// A batch norm followed by gates: y = act(z (gain (x - mean) / sqrt(var + eps) + bias)), act = ReLU if relu. Null
-// gain: 1, null bias: 0. Backward: planes.out = dx, planes.dz, dgain, dbias, absent ones null; training: mean and var
-// are those of x itself. Derivation: docs/kernels.md.
+// A batch norm followed by gates: y = act(z (gain (x - mean) / sqrt(var + eps) + bias)). act is a ReLU if `relu`, else
+// nothing. gain, bias, mean, var: (n,); a null gain is 1, a null bias 0. Derivation: docs/kernels.md.
+//
+// Forward: reads planes.x and planes.z, and writes y to planes.out.
+// Backward, for the gradient planes.g of y: writes dx to planes.out, the gradient of z to planes.dz, and dgain and
+// dbias (n,). Outputs that are not needed are null. `training` (read by the backward alone): mean and var are the
+// statistics of x, so dx has terms that flow through them; else they are running statistics, which are constants.
 struct NormGate {
   Planes planes;
   const void *gain, *bias, *mean, *var;
@@ -145,8 +148,8 @@ struct Generator {
 };
 
 // The functions of one instruction set. dx and dw may be the same memory as the gradient g if their dtypes are equal. A
-// function that needs a workspace returns false if there is no memory for it. Gates are double next to float64 tensors,
-// else float.
+// function that needs a workspace returns false if it could not allocate it. Gates, log_alpha and vectors such as gain
+// are double if the tensors are float64, else float.
 struct Kernels {
   const char* isa;
   void (*philox_words)(uint64_t seed, int64_t start, int64_t count, uint32_t* out, int threads);

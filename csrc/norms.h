@@ -1,15 +1,21 @@
-// A batch norm with gates behind it, and its gradients: y = act(z (gain (x - mean) rstd + bias)), with
+// A batch norm followed by gates, and its gradients: y = act(z (gain (x - mean) rstd + bias)), with
 // rstd = 1 / sqrt(var + eps) and act a ReLU or nothing, for a tensor (outer, middle, n, inner) whose channels are on n
 // (kernels.h). mean, rstd, gain and bias have one value per channel, z one per channel or per (outer, channel).
 //
 // Forward: v = (x - mean) a + b with a = z gain rstd and b = z bias; y = act(v).
 // Backward: dp = dy, or 0 where the ReLU cuts v off. Two sums for each gate, S0 = sum dp and S1 = sum dp (x - mean),
-// give the gradients of gate, gain and bias, and the numbers c0 and c1 of dx = a dp + c0 + c1 (x - mean). Derivation:
-// docs/kernels.md.
+// give the gradients of gate, gain and bias, and the numbers c0 and c1 of dx = a dp + c0 + c1 (x - mean). c0 and c1 are
+// 0 with running statistics. Derivation: docs/kernels.md. (In the Triton kernel, S1 has the factor rstd; here it has
+// not.)
+//
+// Names in the code: scale = gain rstd of a channel; slope = a and shift = b of a gate; centre = the means of the
+// columns at hand; total and product = sums of S0 and of S1. In norm_stats, shift is something else: the first element
+// of a part.
 //
 // So each pass over x needs a few numbers per channel: vectors of them if channels lie side by side in memory
-// (inner = 1, channels last), else one set for each run of `inner` elements. If a second pass follows, it runs from
-// back to front, because the elements that the first pass read last are still in the cache.
+// (inner = 1, channels last), else one set for each run of `inner` elements. Every pass therefore has two bodies, which
+// each_part calls. The second pass (parallel<true>) runs from back to front, because the elements that the first pass
+// read last are still in the cache.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +39,7 @@ struct Same {
 // the most columns of an item: a few vectors of this length stay in the L1 cache while the rows are read
 constexpr int kNarrow = 512;
 constexpr int kFew = 4;  // rows that are read together, so that their running sums are loaded and stored once
+// So a buffer of kTile elements holds kFew rows, or one piece of a run.
 
 // How the tensor is divided into work items. With inner = 1 an item is a block of rows of one outer index, times a tile
 // of columns. Else it is `group` runs of `inner` elements of one channel each. Items store partial sums: an outer index
@@ -86,8 +93,8 @@ void each_tile(int64_t count, F&& f) {
   for (int64_t j = 0; j < count; j += kTile) f(j, static_cast<int>(least(kTile, count - j)));
 }
 
-// Two sums for each part and channel, (parts, n) each, in double. A value that is added may itself be the sum of kFew
-// rows in the type of the gates. first is null if there is no memory.
+// Two numbers for each part and channel, (parts, n) each, in double: the mean and the sum of squared distances from it,
+// or S0 and S1. first is null if there is no memory.
 struct NormSums {
   int64_t n;
   double *first, *second;
@@ -303,7 +310,8 @@ bool norm_gate_forward(const NormGate& args, int threads) {
   return true;
 }
 
-// Adds dp and dp * (x - mean) of R rows to S0 and S1 of each column.
+// Adds dp and dp * (x - mean) of R rows to S0 and S1 of each column. The R rows are added in the type of the gates, and
+// their sum in double.
 template <bool kRelu, int R, class G>
 void add_products(const G* const* gs, const G* const* xs, const G* centre, const G* slope, const G* shift,
                   double* __restrict first, double* __restrict second, int width) {

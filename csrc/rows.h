@@ -46,8 +46,6 @@ void rows_forward(const Gate& gate, const RowsForward& a, int threads) {
 
 // dx = g * z, xz = x * z and dlog_alpha = x * g * slope for `count` gates; without an x (kTimesX false) dlog_alpha =
 // g * slope alone. dx may be g.
-// dx = g * z, xz = x * z and dlog_alpha = x * g * slope for `count` gates; without an x (kTimesX false) dlog_alpha =
-// g * slope alone. dx may be g.
 template <class Gate, class G, bool kTimesX>
 inline void backward_chunk(const Gate& gate, const G* __restrict p, const G* __restrict q, const float* __restrict u,
                            const G* __restrict x, const G* g, G* dx, G* __restrict xz, G* __restrict dlog_alpha,

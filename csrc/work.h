@@ -85,8 +85,10 @@ struct Columns {
 };
 
 // Calls f(first gate, count, column, u) for runs of at most kChunk consecutive gates that together cover the item.
-// column: the column of the first gate within the item. u: the noise of the gates if kDrawn; gate i has the noise of
-// index start + i.
+// Gates are numbered row by row through the whole matrix. column: the column of the first gate within the item. u: the
+// noise of the gates if kDrawn; gate i has the noise of index start + i. Each run but the last ends at a noise index
+// that is a multiple of 4, because Philox makes four words at a time. If the item has whole rows, a run may go on into
+// the next row.
 template <bool kDrawn, class F>
 void sweep(const Grid& grid, const Item& item, uint64_t seed, int64_t start, F&& f) {
   alignas(64) uint32_t words[kWordBuffer];
