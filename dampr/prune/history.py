@@ -99,7 +99,11 @@ class History:
 
     @torch.no_grad()
     def _measured(self) -> dict[str, Any]:
-        """The numbers of the source at this step."""
+        """The numbers that ``source`` (the argument of the constructor) has at this step: name -> number.
+
+        Returns: {} without a source; the ``readings()`` of a budget or plan; of a gated model the penalty, the share of
+        open gates and, with example inputs, the share of the multiply-accumulates that is left.
+        """
         if self._source is None:
             return {}
         if isinstance(self._source, (Budget, Plan)):

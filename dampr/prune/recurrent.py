@@ -51,19 +51,27 @@ class Units:
 def make_plain(
     model: nn.Module, samples: list[Any], atol: float, rtol: float
 ) -> tuple[Kept, dict[str, Units], dict[str, str]]:
-    """Replace every gated recurrent layer of ``model`` by a plain one of equal widths, in place.
+    """Replace every gated recurrent layer of ``model`` by a plain recurrent layer, in place.
 
-    If only ``nn.Linear`` and recurrent layers read a layer, it becomes the smaller layer of ``compacted()``, and the
-    columns of its readers are sliced and multiplied by the gates. Then the model runs on ``samples``. If its outputs
-    changed (because of a nonlinearity before the readers), the gates become factors of the smaller layer instead
-    (:class:`dampr.nn.ScaledRNN`); if they still change (because of a norm, or a state given from outside), the layer
-    keeps its size.
+    The plain layer has one hidden size for all its layers and directions ("equal widths"): that of the layer and
+    direction with the most open units. These steps are tried for each gated layer, until one leaves the outputs of the
+    model on ``samples`` as they were:
+
+    1. If only ``nn.Linear`` and recurrent layers read the gated layer: make it smaller, slice the columns of its
+       readers, and multiply these columns by the gates.
+    2. If outputs change because of a nonlinearity before the readers: make it smaller, and multiply its outputs by the
+       gates (:class:`dampr.nn.ScaledRNN`).
+    3. If outputs change even then (because of a norm, or because the caller passes in a state): replace it by a plain
+       layer of the original size.
 
     Args:
+        model: the model with gates.
+        samples: example inputs; the outputs on all of them are compared.
         atol, rtol: how far outputs may differ.
 
-    Returns: what is left on each side of each layer; the units of the layers that became smaller; and a note for each
-    layer whose closed units stay.
+    Returns: (kept, units, notes). kept: (plain layer, whether it is its output side) -> the indices of the features
+    that are left, int64. units: name of each layer that became smaller -> its :class:`Units`. notes: name of each layer
+    whose closed units stay -> why.
     """
     kept: dict[tuple[str, bool], Tensor] = {}
     units: dict[str, Units] = {}

@@ -1,4 +1,4 @@
-"""Ask the trace of a model's operators about layers that are to get gates: which of them must not have any, and why."""
+"""Check, by the trace of a model's operators, which of the layers that are to get gates must not have any, and why."""
 
 from __future__ import annotations
 
@@ -16,24 +16,30 @@ from .units.proof import added, retrace
 def refused(
     model: nn.Module, units: Units, layers: dict[str, nn.Module], example_inputs: Any, whole: set[str], known: set[str]
 ) -> dict[str, str]:
-    """name -> reason, for those of ``layers`` that must not lose a channel that they write.
+    """Find the layers that must not get gates, because none of their output channels may be cut.
 
-    These are layers that the example inputs do not reach in evaluation; layers whose channels are read by something
-    that only training reaches; layers whose width enters a number that the code computes; and layers whose closed
-    channels are not 0 where they are added up.
+    A layer is refused if
+
+    - the example inputs do not reach it in evaluation,
+    - something that only training reaches reads its output channels,
+    - a copy of the model in which half of its output channels are cut does not run, or computes another function (its
+      width enters a number that the code computes, say), or
+    - its closed channels are not 0 where activations are added up.
 
     Args:
         model: the model without gates.
-        units: its trace.
-        layers: name -> layer.
-        example_inputs: the inputs.
-        whole: those of the layers (recurrent ones, attention) that are only checked for being reached, because other
-            code knows how they are cut.
-        known: those of the layers that were cut in a copy already.
+        units: the units that a trace of ``model`` found.
+        layers: name -> layer that is to get gates.
+        example_inputs: the example inputs of ``model``.
+        whole: the names of layers (recurrent ones, attention) whose cut is the matter of other code. Of these it is
+            checked whether the example inputs reach them; of recurrent layers also what only training reads.
+        known: the names of layers whose cut was tried in a copy before; the third check leaves them out.
+
+    Returns: name of a refused layer -> the reason, in words.
     """
     found: dict[str, str] = {}
-    free: dict[str, tuple[str, int]] = {}
-    written: dict[str, set[int]] = {}
+    free: dict[str, tuple[str, int]] = {}  # layers for the third check -> (parameter, dimension) of their channels
+    written: dict[str, set[int]] = {}  # layer -> the classes of its output channels
     protected = unseen.protected(units, dict(model.named_parameters()))
     for name, layer in layers.items():
         reason = unreached(name, layer, units)
@@ -52,7 +58,13 @@ def refused(
 
 
 def _why(protected: dict[int, str], units: Units, sides: Iterable[tuple[str, int]]) -> str | None:
-    """Why a layer must keep what it writes; None if no class of ``sides``, (parameter, dimension), is protected."""
+    """The reason why a class of one of ``sides`` is protected; None if no class is.
+
+    Args:
+        protected: class -> why it may not be cut.
+        units: the units of the model.
+        sides: pairs (parameter, dimension) of the channels that a layer writes.
+    """
     known = (units.classes(name, dim) for name, dim in sides if name in units.alias)
     return next((protected[one] for classes in known for one in classes if one in protected), None)
 
@@ -96,7 +108,12 @@ def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
 
 
 def _followed(model: nn.Module, units: Units, free: dict[str, tuple[str, int]], example_inputs: Any) -> dict[str, str]:
-    """Layers without half of whose channels the model does not run, or computes another function."""
+    """name -> reason, for layers whose channels a copy of the model cannot do without.
+
+    Half of the channels are cut in the copy, which is traced (:func:`.units.proof.retrace`). The layer fails if the
+    copy does not run or computes another function. ``free``: name -> (parameter, dimension) of the channels that the
+    layer writes. Returns {} for a model that cannot be copied.
+    """
     wanted = {one for side in free.values() for one in units.classes(*side)}
     clusters = [cluster for cluster in units.clusters if wanted & set(cluster)]
     try:

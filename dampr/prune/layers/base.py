@@ -101,11 +101,18 @@ class Kind:
         return [("weight", self.weight_dim(writes))]
 
     def side(self, layer: Any, own: str, dim: int) -> bool | None:
-        """Which side of the layer dimension ``dim`` of its parameter ``own`` is.
+        """To which side of the layer the dimension ``dim`` of its parameter ``own`` belongs.
 
-        Returns: True for what the layer writes, False for what it reads, None if another parameter decides.
+        Args:
+            layer: the layer.
+            own: the name of the parameter within the layer, such as "weight".
+            dim: a dimension of that parameter.
 
-        Raises: CannotCutError for a layer that cannot be cut there; the message has "{layer}" in the place of its name.
+        Returns: True for the channels that the layer writes, False for those that it reads, None if another parameter
+        of the layer decides.
+
+        Raises: CannotCutError for a layer that cannot be cut there. The message contains "{layer}", for which the
+        caller puts the layer's name.
         """
         if own not in ("weight", "bias") and not (self.reads or self.one_node or self.reads_indices):
             raise CannotCutError("a bare nn.Parameter takes part in its width")
@@ -232,8 +239,8 @@ class Passing(PerChannel):
         return [("weight", 0), ("running_mean", 0)]
 
     def side(self, layer: Any, own: str, dim: int) -> bool | None:
-        """The only dimension has the channels, which count as written; they have the classes of what the layer
-        reads.
+        """True for dimension 0: it has the channels, which count as written. They are the same units as the channels
+        that the layer reads.
         """
         return True if dim == 0 else None
 
@@ -242,11 +249,19 @@ class Counted(Kind):
     """A layer whose products are counted and timed by layer; other products are found in the trace of a model."""
 
     def uses(self, layer: Any, call: Call, output: Any) -> tuple[int, int]:
-        """(uses, projections) of one call.
+        """Two counts of one call, from which :meth:`macs` makes the cost of the layer.
 
-        uses: how often each element of the weight is used: positions of the output, or steps of a sequence. For an
-        attention it is the multiply-accumulates of all heads, with projections. projections: for an attention, the
-        multiply-accumulates of its projections alone, else 0.
+        Args:
+            layer: the layer.
+            call: the arguments of the call.
+            output: what the call returned.
+
+        Returns: (uses, projections), two integers.
+
+        - For a layer with one weight: uses is how often the call multiplies each element of the weight, which is the
+          number of positions of the output, or of steps of a sequence. projections is 0.
+        - For an attention: uses is the number of multiply-accumulates of all heads together with the projections.
+          projections is the number of multiply-accumulates of the projections alone.
         """
         return output.numel() // self.width(layer, True), 0
 

@@ -108,8 +108,8 @@ class TransposedConvolution(OfConvolutions):
         return int(writes)
 
     def side(self, layer: Any, own: str, dim: int) -> bool | None:
-        """Dimension 1 of the weight is what the layer writes, dimension 0 what it reads; None for the bias, as the
-        weight decides.
+        """True (what the layer writes) for dimension 1 of the weight, False (what it reads) for dimension 0, and None
+        for the bias, because the weight decides its side.
         """
         if layer.groups != 1:
             return super().side(layer, own, dim)

@@ -71,11 +71,11 @@ class Call:
         return default
 
     def of(self, tensor: Any) -> Marks | None:
-        """The axes of a tensor, and whether it is a weight; None for what is no tensor and for constants."""
+        """The axes of a tensor, and whether it is a weight; None for a constant, and for what is not a tensor."""
         return self.tracer.marks(tensor) if isinstance(tensor, Tensor) else None
 
     def axes(self, tensor: Any) -> Axes:
-        """The axes of a tensor; none of what is no tensor."""
+        """The axes of a tensor; an empty list for a constant, and for what is not a tensor."""
         marks = self.of(tensor)
         return marks.axes if marks is not None else []
 

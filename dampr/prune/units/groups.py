@@ -36,7 +36,7 @@ class Group:
 
 
 def readable(units: Units, parameters: Iterable[str]) -> list[int]:
-    """The free classes that are read by dimensions of ``parameters`` and by nothing else.
+    """The classes which may be cut and which only dimensions of ``parameters`` read.
 
     With these dimensions zeroed, such a class has no effect on the output.
     """
@@ -52,8 +52,15 @@ def readable(units: Units, parameters: Iterable[str]) -> list[int]:
 
 
 def groups(units: Units, classes: Iterable[int]) -> list[Group]:
-    """Group ``classes`` into vectors of gates, in the order of their first classes. Vectors of one class are left
-    out.
+    """Group ``classes``: those that have equally many indices in the same dimensions of the same parameters share a
+    vector of gates.
+
+    Args:
+        units: the partition of the model's units into classes.
+        classes: the classes that are to have gates.
+
+    Returns: a :class:`Group` for each vector, in the order of their first classes. A class that would be alone in its
+    vector is left out.
     """
     kinds = _kinds(units)
     alike: dict[int, list[int]] = defaultdict(list)
@@ -65,8 +72,9 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
         if len(own) < 2:
             continue
         own = sorted(own)
+        # all classes of a group lie in the same dimensions, so those of its first class are those of all
         places = [(member.name, member.dim) for member in units.members[own[0]]]
-        number = np.full(len(units.label), -1)
+        number = np.full(len(units.label), -1)  # class -> its place in the group; -1 for classes of other groups
         number[own] = np.arange(len(own))
         columns: dict[Place, Ints] = {}
         for name, dim in places:

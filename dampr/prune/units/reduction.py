@@ -46,9 +46,10 @@ def _per_channel(call: Call, tensor: Tensor, others: list[Any], axes: Axes) -> A
     "_batch_norm_no_update"
 )
 def _batch_norm(call: Call) -> tuple[Axes, ...]:
-    """The rule of BatchNorm and InstanceNorm: statistics over everything but channels, which stay apart.
+    """The rule of BatchNorm and InstanceNorm: each channel has its own statistics, so channels stay separate units.
 
-    Units that change along other dimensions than channels lie under a statistic, unless the running one is used.
+    Units along another dimension than the channels enter such a statistic, unless running statistics are used; they may
+    be cut only if the statistic then counts the open ones alone.
     """
     tensor = call.args[0]
     training = next((a for a in call.args[3:6] if isinstance(a, bool)), False)
@@ -77,7 +78,11 @@ def _layer_norm(call: Call) -> Axes | tuple[Axes, ...]:
 
 @rules.rule("native_group_norm group_norm")
 def _group_norm(call: Call) -> Axes | tuple[Axes, ...]:
-    """The rule of GroupNorm: all channels of a group become one unit; with one group they lie under a statistic."""
+    """The rule of GroupNorm.
+
+    With one group, the channels may be cut only if the norm then computes its statistics over the open ones alone. With
+    more groups, all channels of a group become one unit, so whole groups are cut.
+    """
     tensor, groups = call.args[0], call.arg("group") or call.arg("num_groups")
     for axis in call.axes(tensor):
         if 1 not in varying(axis):

@@ -94,10 +94,14 @@ def run_as_fits(
     fake: bool | None = None,
     counts: bool = False,
 ) -> None:
-    """:func:`run` on meta tensors, and if that raises, on real ones.
+    """:func:`run` on meta tensors, and if that raises, on real tensors.
 
-    ``fake``: True for meta tensors alone, False for real ones alone. Raises what the last run raises; a run that failed
-    leaves nothing in ``ledger``.
+    Args:
+        ledger, model, example_inputs, training, counts: as for :func:`run`.
+        fake: True: try only meta tensors. False: try only real tensors. None: try both.
+
+    Raises: what the last run raises. If real tensors are tried after meta tensors, the first run leaves nothing in
+    ``ledger``.
     """
     mark = ledger.checkpoint()
     try:

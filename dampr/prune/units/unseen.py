@@ -1,4 +1,4 @@
-"""Widths that stay because something that the examples do not show in evaluation may have them."""
+"""Finds widths that must not be cut because a part of the model that the examples do not reach may depend on them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from .partition import Units
 
 
 def protected(units: Units, parameters: Iterable[str]) -> dict[int, str]:
-    """class -> why it stays: because a parameter has it that only training reaches, or that no run reaches and that may
-    have it.
+    """Find the classes that must not be cut, because a parameter that evaluation does not reach depends on them.
+
+    That is a parameter which only training reaches, or one which no run reaches and which may share the width.
 
     Args:
         units: the partition.
-        parameters: the names of the model's parameters (a buffer that nothing reads is no sign of another way).
+        parameters: the names of the model's parameters. Buffers do not count: one that no run reads does not mean that
+            part of the model was not reached.
+
+    Returns: class -> why it must not be cut.
     """
     return units.in_training_alone() | _beside_unreached(units, set(parameters))
 
@@ -21,10 +25,14 @@ def protected(units: Units, parameters: Iterable[str]) -> dict[int, str]:
 def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
     """class -> why it stays, for widths that may lead into a module which no run reached.
 
-    Such modules are experts to which no row of the examples goes, or the other branch of an ``if``. Beside modules with
-    parameters of the same names and shapes they are taken to have the widths of these. Else they may have every width
-    of one of their sizes that leads from one module beside them to another. A norm or a bias that nothing uses is often
-    left over, so it says nothing, unless it stands in a list of others alike.
+    Such a module is an expert to which no row of the examples goes, or the other branch of an ``if``. Its widths are
+    guessed from the modules in the same parent that a run reached:
+
+    - If some of these have parameters of the same names and shapes, it has their widths.
+    - Else it may have each width of one of its own sizes that connects a module of this parent to another module.
+
+    An unreached module that has vectors alone is ignored, because an unused norm or bias is often left over. It is not
+    ignored if all modules of the parent are like it, or if it is a bare parameter beside modules (a class token, say).
     """
     reached = [name for name in units.origin if units.reached.get(name)]
     found: dict[int, str] = {}
@@ -49,8 +57,14 @@ def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
 
 
 def _highest(lost: Iterable[str], reached: Iterable[str]) -> set[tuple[str, str]]:
-    """For each lost parameter, the largest module of which nothing is reached, or the parameter itself: (the name of
-    what contains it, its own name there).
+    """For each parameter in ``lost``, the largest module that contains it and of which no run reached a parameter.
+
+    Args:
+        lost: the names of the parameters that no run reached.
+        reached: the names of the parameters that a run reached.
+
+    Returns: pairs (name of the module that contains the unreached one, name of the unreached one within it). If no such
+    module exists, the pair names the parameter itself.
     """
     seen = {name[:at] for name in reached for at in (0, *(i for i, letter in enumerate(name) if letter == "."))}
     found = set()
@@ -68,7 +82,10 @@ def _joined(above: str, part: str) -> str:
 
 
 def _part(name: str, above: str) -> str | None:
-    """The part of the module ``above`` that holds a parameter, or is it; None for a parameter outside of it."""
+    """The name within ``above`` of the submodule that contains the parameter ``name``, or of the parameter itself.
+
+    None for a parameter outside of the module ``above``.
+    """
     if above and not name.startswith(f"{above}."):
         return None
     return name.removeprefix(f"{above}.").split(".")[0]
@@ -80,7 +97,17 @@ def _has_parts(names: Iterable[str], above: str) -> bool:
 
 
 def _shapes(units: Units, parameters: set[str], above: str, part: str) -> dict[str, list[tuple[int, int]]]:
-    """The parameters of a part of a module: name there -> (dimension, size) of each dimension longer than 1."""
+    """The names and shapes of the parameters in a submodule, to compare it with the submodules beside it.
+
+    Args:
+        units: the partition.
+        parameters: the names of the model's parameters; buffers are left out.
+        above: the name of the module that contains the submodule; "" for the model itself.
+        part: the name of the submodule, or of a parameter, within ``above``.
+
+    Returns: name of a parameter within the submodule (".weight", or "" if ``part`` is a parameter) -> [(dimension,
+    size)] of its dimensions longer than 1.
+    """
     path = _joined(above, part)
     return {
         name.removeprefix(path): [(dim, size) for dim, _, size in dims]
@@ -90,5 +117,5 @@ def _shapes(units: Units, parameters: set[str], above: str, part: str) -> dict[s
 
 
 def _leads_on(units: Units, one: int, above: str) -> bool:
-    """Whether a class has members in more than one part of the module ``above``, or outside of it."""
+    """Whether the class ``one`` has members in several submodules of the module ``above``, or outside of it."""
     return len({_part(member.name, above) for member in units.members[one]}) > 1
