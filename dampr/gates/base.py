@@ -162,7 +162,11 @@ class Gate(GateModule):
 
     @property
     def spec(self) -> GateSpec:
-        """Family and constants for the current mode (training or evaluation), for the fused operators."""
+        """The gate function that fused operators evaluate, in the current mode (training or evaluation).
+
+        For a family that computes its values in :meth:`forward`, operators take these values as they are
+        (:func:`dampr.spec.value`). Families that kernels know override this property.
+        """
         return VALUE_SPEC
 
     @property

@@ -198,9 +198,14 @@ class DependencyGenerator(GateModule):
         return [functional.open_probability(log_alpha, spec=hard_concrete()).sum() for log_alpha in self()]
 
     def _run(self, upto: int | None = None) -> list[Tensor]:
-        """Every a_l in the order of evaluation, by the fused operator.
+        """Evaluate the generator: the log_alpha of each layer, a_l of the class docstring, in the order of evaluation.
 
-        ``upto``: stop after this layer, and compute in plain PyTorch.
+        Args:
+            upto: None: evaluate all layers by the fused operator. A layer's index: evaluate in plain PyTorch, and stop
+                after this layer.
+
+        Returns: float32 tensors (sizes[l],), one for each evaluated layer. For ``direction="backward"`` the last layer
+        of the network comes first.
         """
         order = self._order if upto is None else self._order[: self._order.index(upto) + 1]
         parameters: list[Tensor] = [getattr(self, f"{kind}_{index}") for index in order for kind in ("weight", "bias")]

@@ -133,10 +133,13 @@ class HardConcrete(ConcreteGate):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set every log_alpha to its start value; with ``droprate`` draw it."""
+        """Set every log_alpha to its start value: ``init_log_alpha``, or the default for None.
+
+        With ``droprate`` d, draw each log_alpha from N(ln(1 - d) - ln d, 0.01) instead.
+        """
         super().reset_parameters()
         if self.droprate is not None:
-            d = self.droprate or 0.5
+            d = self.droprate or 0.5  # a drop rate of 0 would start at infinity; published code takes 0.5 in its place
             self.log_alpha.normal_(math.log(1 - d) - math.log(d), 0.01)
         else:
             self.log_alpha.fill_(self._ends()[1] if self.init_log_alpha is None else float(self.init_log_alpha))

@@ -1,4 +1,4 @@
-"""AbsorbedReLU: stands in the place of an ``nn.ReLU`` that the gated batch norm in front of it computes."""
+"""AbsorbedReLU: replaces an ``nn.ReLU`` that the gated batch norm before it computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class AbsorbedReLU(nn.ReLU):
-    """``nn.ReLU`` behind a gated batch norm that already computes the ReLU.
+    """``nn.ReLU`` after a gated batch norm that already computes the ReLU.
 
     It returns what the norm has rectified as it is, and rectifies every other input. :func:`dampr.convert` puts it in
     the place of an ``nn.ReLU``; :func:`dampr.compact` restores that.

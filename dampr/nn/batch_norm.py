@@ -28,11 +28,11 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
 
     Attributes:
         activation: "relu" if the layer computes the ReLU that follows it too, else None.
-        followed: whether an :class:`AbsorbedReLU` stands behind the layer, in the place of the ReLU.
+        followed: whether an :class:`AbsorbedReLU`, which has replaced the model's ReLU, follows the layer.
     """
 
     activation: names.Activation | None
-    followed: bool = False  # whether the activation is that of an AbsorbedReLU behind
+    followed: bool = False  # whether the activation is that of an AbsorbedReLU which follows the norm
     _arguments: tuple[str, ...] = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 
     def __init__(
@@ -90,20 +90,21 @@ class GatedBatchNorm(GatedNorm, _BatchNorm):
         return (self.num_features,)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The gated norm of ``input``, followed by the activation that the norm computes too; it has the shape of
-        ``input``.
+        """The gated norm of ``input``, followed by ``activation``; the result has the shape of ``input``.
 
-        A mark on the result tells an AbsorbedReLU behind the norm that the ReLU is computed already.
+        If an :class:`AbsorbedReLU` follows the norm (``followed``), the attribute ``_dampr_rectified`` of the result
+        tells it that the ReLU is computed already. Under torch.compile and torch.func transforms the norm leaves the
+        ReLU to the :class:`AbsorbedReLU`.
         """
         x = _checks.tensor("input", input)
         self._check_input_dim(x)
         parameter, seed, spec = self.gate.call()
-        # Leave the ReLU to the AbsorbedReLU behind: torch.compile fuses it there, and the tensors of torch.func
+        # Leave the ReLU to the AbsorbedReLU that follows: torch.compile fuses it there, and the tensors of torch.func
         # transforms cannot be marked as rectified.
-        left = self.followed and (torch.compiler.is_compiling() or ops.is_transformed())
-        activation = None if left else self.activation
+        leaves_relu = self.followed and (torch.compiler.is_compiling() or ops.is_transformed())
+        activation = None if leaves_relu else self.activation
         y = self._gated(x, parameter, seed, spec, activation)
-        if self.followed and not left and not y.is_inference():
+        if self.followed and not leaves_relu and not y.is_inference():
             # mark y as rectified in its present version; if it is changed in place, AbsorbedReLU rectifies it again
             y._dampr_rectified = y._version  # type: ignore[attr-defined]
         return y

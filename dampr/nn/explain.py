@@ -70,7 +70,10 @@ def _granularity(layer: GatedLayer) -> str | tuple[int, int]:
 
 
 def _of_linear(layer: GatedLinear, x: Tensor, dtype: torch.dtype) -> Explanation:
-    """The explanation for a :class:`GatedLinear`; ``dtype`` is that of its product, which autocast may set."""
+    """The explanation for a :class:`GatedLinear` that is called with ``x``.
+
+    ``dtype``: the dtype in which the layer multiplies x by the weight; under autocast it is not that of x.
+    """
     drawn, weight, opened = layer.gate.spec.rule == SAMPLE, layer.weight, layer._open_range()
     if opened is not None:
         weight = weight[:, opened] if layer.granularity == "input" else weight[opened]

@@ -126,9 +126,13 @@ def _bwd_flops(dy_shape: Any, x_shape: Any, weight_shape: Any, *_: Any, out_shap
 
 
 class _GatedLinear(Node):
-    """The autograd function that runs through the dispatcher, with the operators ``fwd`` and ``bwd``."""
+    """The autograd function for calls that torch's dispatcher must see (compiled, traced or profiled ones).
 
-    tensors = 7
+    It calls the registered operators ``fwd`` and ``bwd``. Its inputs are those of ``fwd``. It returns (y, pre): pre is
+    the activation before the output gates, which the backward needs, or an empty tensor if it was not kept.
+    """
+
+    tensors = 7  # x, weight, bias, and log_alpha and seed of the input and the output gate
 
     @staticmethod
     def plain(*inputs: Any) -> tuple[Tensor, Tensor]:

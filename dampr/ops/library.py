@@ -69,10 +69,10 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def choose_activations(M: int, N: int, K: int) -> bool:
-    """Whether gates multiply activations: x (M, K) and y (M, N) are both smaller than the weight (N, K), or it is
-    forced.
+    """Whether the gates multiply x and y (True) or are folded into the weight (False).
 
-    False if a size is symbolic and the answer depends on it.
+    Unless the user forces one of these routes, they multiply x (M, K) and y (M, N) if both are smaller than the weight
+    (N, K). False if a size is symbolic and the answer depends on it.
     """
     forced = routes.forced_name()
     return (

@@ -270,9 +270,9 @@ def fused_norm(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Tenso
         or (bias is not None and bias.device != device)
     ):
         return None
-    if not (_moves(mean, log_alpha) and _moves(var, log_alpha)):
+    if not (_can_write(mean, log_alpha) and _can_write(var, log_alpha)):
         return None
-    if updates is not None and not (updates.dtype == torch.int64 and updates.device == device and _moves(updates)):
+    if updates is not None and not (updates.dtype == torch.int64 and updates.device == device and _can_write(updates)):
         return None
     if not has_fused_norm(device, x.dtype, gate.per_sample):
         return None
@@ -292,19 +292,21 @@ def fused_norm(x: Tensor, norm: Norm, gate: GateArgs, running: Running) -> Tenso
     return y
 
 
-def _moves(kept: Tensor | None, like: Tensor | None = None) -> bool:
-    """Whether a backend may write to ``kept``, a running statistic, through its address; True if there is none.
+def _can_write(statistic: Tensor | None, like: Tensor | None = None) -> bool:
+    """Whether a backend may update a running statistic through its memory address; True if there is no statistic.
 
-    It may if it is contiguous and like ``like`` in dtype, shape and device (None: a scalar).
+    Args:
+        statistic: the tensor to update. It must be contiguous, and no inference tensor.
+        like: a tensor whose dtype, shape and device it must have; None: it must be a scalar.
     """
-    if kept is None:
+    if statistic is None:
         return True
     fits = (
-        kept.dim() == 0
+        statistic.dim() == 0
         if like is None
-        else kept.dtype == like.dtype and kept.shape == like.shape and kept.device == like.device
+        else statistic.dtype == like.dtype and statistic.shape == like.shape and statistic.device == like.device
     )
-    return fits and kept.is_contiguous() and not kept.is_inference()
+    return fits and statistic.is_contiguous() and not statistic.is_inference()
 
 
 def norm_gate(x: Tensor, norm: Norm, gate: GateArgs, statistics: Statistics | None, running: Running) -> Tensor:

@@ -1,8 +1,9 @@
-"""The share of closed gates from which on closed gates are left out of products on the CPU.
+"""Thresholds for leaving closed gates out of matrix products on the CPU.
 
-The default is safe on every processor that was measured; ``dampr tune`` measures this one. It writes a file in the
-user's cache folder, one for each processor, with an entry for each number of threads. The file is read once, when the
-first layer is called that is large enough.
+A product leaves out the rows and columns of closed gates if the share of closed gates is at least a threshold. The
+default thresholds gain on every processor that was measured; ``dampr tune`` measures this one. It writes a file into
+the user's cache folder, one for each processor, with an entry for each number of threads. The file is read once, when
+the first layer is called that is large enough.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from dampr._writing import whole_or_nothing
 
 
 class Skip(NamedTuple):
-    """The smallest share of closed input gates, and of closed output gates, from which on they are left out.
+    """The thresholds for one number of threads.
 
-    ``source`` says, in words, where the numbers come from.
+    Attributes:
+        inputs: if at least this share of a layer's input gates is closed, the closed ones are left out of the product.
+        outputs: the same for the output gates.
+        source: where the two numbers come from, in words.
     """
 
     inputs: float
@@ -89,7 +93,15 @@ def _from(share: float, side: str) -> str:
 
 
 def write(inputs: float, outputs: float, **more: Any) -> Path:
-    """Write the thresholds for the present number of threads, and keep those for other numbers; returns the file."""
+    """Write thresholds for the present number of threads into the file, and keep those for other numbers of threads.
+
+    Args:
+        inputs: the smallest share of closed input gates at which leaving them out pays; ``NEVER`` if it never does.
+        outputs: the same for output gates.
+        more: what else to note in the entry, such as the date.
+
+    Returns: the path of the file.
+    """
     file = path()
     try:
         known = json.loads(file.read_text())
