@@ -46,7 +46,10 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], torch.Tenso
 
 
 def _median(function: Any, cuda: bool) -> float:
-    """The middle one of three medians, so that a moment in which the machine is busy does not become a ceiling."""
+    """The seconds of one call of ``function``: the median of three measurements, each the median of 10 rounds.
+
+    So the result is right even if the machine is busy during one of the three measurements.
+    """
     return statistics.median(timing.interleaved({"it": function}, rounds=10, cuda=cuda)["it"].median for _ in range(3))
 
 

@@ -187,11 +187,13 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 def _timm(name: str) -> Made:
+    """A network of timm by its name, with random weights, and an input for it."""
     size = 224 if any(word in name for word in _FIXED_SIZE) else 64
     return importlib.import_module("timm").create_model(name), torch.randn(2, 3, size, size)
 
 
 def _torchvision(name: str) -> Made:
+    """A network of torchvision by its name, with random weights, and an input for it."""
     module = importlib.import_module(f"torchvision.{TORCHVISION[name]}")
     how: dict[str, Any] = {"weights": None}
     if name in ("googlenet", "inception_v3"):
@@ -203,6 +205,7 @@ def _torchvision(name: str) -> Made:
 
 
 def _smp(name: str) -> Made:
+    """A U-Net of segmentation_models_pytorch with random weights, whatever ``name`` is, and an input for it."""
     library = importlib.import_module("segmentation_models_pytorch")
     return library.Unet("resnet18", encoder_weights=None, classes=3), torch.randn(2, 3, 64, 64)
 
