@@ -3,8 +3,8 @@ networks, all channels last.
 
 Stages of ``python -m benchmarks.run``: ``conv`` (a few layers and a block), ``layers`` (every distinct 3 x 3 and 1 x 1
 layer of ResNet-50 at 224 and of VGG16 at 32), ``resnet50`` and ``vgg16`` (whole training steps, dampr's both eagerly
-and compiled). A network has its gates where :func:`dampr.convert` puts them, behind the norms. The unfused network has
-a gate behind each of the same norms.
+and compiled). A network has its gates where :func:`dampr.convert` puts them, after the norms. The unfused network has
+a gate after each of the same norms.
 """
 
 from __future__ import annotations

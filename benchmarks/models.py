@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def conv_norm(read: int, written: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """A convolution without bias, and a batch norm behind it."""
+    """A convolution without bias, and a batch norm after it."""
     return nn.Sequential(nn.Conv2d(read, written, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(written))
 
 

@@ -29,7 +29,7 @@
 namespace dampr {
 namespace {
 
-// One number in the place of a vector: every index returns it.
+// One number in place of a vector: every index returns it.
 template <class G>
 struct Same {
   G value;

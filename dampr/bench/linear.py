@@ -289,7 +289,7 @@ def _peak(step: Step, device: str) -> int | None:
 
 
 def _kept(step: Step) -> int | None:
-    """What the forward of a step keeps for its backward, in bytes; None if it is no training step."""
+    """What the forward of a step keeps for its backward, in bytes; None if it is not a training step."""
     return step.kept_bytes() if isinstance(step, TrainingStep) else None
 
 

@@ -1,4 +1,4 @@
-"""``dampr tune``: measure from which share of closed gates on it is faster to leave them out of products."""
+"""``dampr tune``: measure which share of gates must be closed for a product to be faster without the closed ones."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) ->
 
 
 def least(timings: Sequence[Timing], side: str) -> float:
-    """The smallest share from which on leaving out pays, also at every larger share; NEVER if there is none."""
+    """The smallest measured share of closed gates such that, there and at every larger share, leaving them out is
+    faster; NEVER if there is none.
+    """
     found = thresholds.NEVER
     for timing in sorted((t for t in timings if t.side == side), key=lambda t: t.closed, reverse=True):
         if timing.ratio > PAYS:

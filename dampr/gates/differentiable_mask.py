@@ -141,7 +141,7 @@ class DifferentiableMask(KernelGate):
         return self._masked(held) if self._beside(held) else functional.sample_gates(self.alpha, spec=held)
 
     def open_probability(self) -> Tensor:
-        """|alpha|, a surrogate of the count that the published loss is assumed to have. It is no probability: it can
+        """|alpha|, a surrogate of the count that the published loss is assumed to have. It is not a probability: it can
         exceed 1.
         """
         return self.alpha.abs()

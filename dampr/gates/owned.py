@@ -1,4 +1,4 @@
-"""Gates while a budget owns them: their parameters are no parameters of the model, so no optimizer, weight decay or
+"""Gates while a budget owns them: their parameters are not parameters of the model, so no optimizer, weight decay or
 gradient clipping changes them.
 """
 
@@ -28,7 +28,7 @@ class SteppedGate(Gate):
     Attributes:
         value: (num_gates,), buffer.
         level: (num_gates,), buffer in [0, 1]: 1 is open, 0 is closed.
-        probe: (num_gates,), a leaf tensor that is no parameter of the model and in no ``state_dict``.
+        probe: (num_gates,), a leaf tensor that is not a parameter of the model and in no ``state_dict``.
     """
 
     value: Tensor

@@ -166,7 +166,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def inside(model: Any) -> str | None:
-    """The name of the attribute in which a wrapper keeps its module; None if ``model`` is no wrapper."""
+    """The name of the attribute in which a wrapper keeps its module; None if ``model`` is not a wrapper."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
     return "_orig_mod" if isinstance(model, nn.Module) and "_orig_mod" in model._modules else None

@@ -14,7 +14,7 @@ from .base import Gate
 class SelectedGate(Gate):
     """The gates ``kept`` of another vector of gates: z = source(...)[..., kept].
 
-    :class:`dampr.Shrinker` puts a SelectedGate in the place of a gate vector once the closed units of the vector have
+    :class:`dampr.Shrinker` puts a SelectedGate in place of a gate vector once the closed units of the vector have
     left the layers. The whole vector stays in ``source``. Its family therefore computes and draws the same values as
     before, and a budget continues with the same numbering of gates. A ``state_dict`` holds the whole vector under its
     old names.
@@ -25,7 +25,7 @@ class SelectedGate(Gate):
 
     Attributes:
         source: the whole vector of gates.
-        kept: as the argument. It is no buffer, because code that averages buffers would average indices.
+        kept: as the argument. It is not a buffer, because code that averages buffers would average indices.
     """
 
     def __init__(self, source: Gate, kept: Tensor) -> None:

@@ -17,7 +17,7 @@ _BERT = Kind(
     head_dim="self.attention_head_size",
     scaled=("self.num_attention_heads", "self.all_head_size"),
 )
-_GPT2 = tuple(  # cross-attention, then self-attention; nn.Linear stands in the place of Conv1D by then
+_GPT2 = tuple(  # cross-attention, then self-attention; nn.Linear stands in place of Conv1D by then
     Kind(read, "c_proj", scaled=("num_heads", "split_size")) for read in ({"q_attn": 1, "c_attn": 2}, {"c_attn": 3})
 )
 

@@ -109,7 +109,7 @@ def fits_small_m(M: int, N: int, K: int, table: Thresholds) -> bool:
 
     As long as one tile holds all rows of x, each gate is drawn once in any case. Drawing inside the GEMM saves the
     launch of a pass, and 4 bytes of memory traffic for each weight (W~ is neither written nor read). With more rows the
-    gates are drawn again. If rows are no multiple of 16 elements, the slower copies cost more than that saves.
+    gates are drawn again. If rows are not a multiple of 16 elements, the slower copies cost more than that saves.
     """
     return table.small_m >= M and N % 16 == 0 and K % 16 == 0
 

@@ -281,12 +281,12 @@ class GatedWeight(GatedLayer):
         return plain
 
     def _open_range(self) -> slice | None:
-        """The slice of open gates, if they lie side by side (as the DAM family keeps them) and the layer may compute on
-        it alone.
+        """The indices of the open gates as one slice, so that the layer can compute on this slice of its weight alone.
 
-        None if gates are no vector, a convolution has groups, or all or no gates are open; on a GPU, where asking would
-        wait for the device; and while operators are counted, traced or transformed, because these must see the whole
-        layer.
+        Only a family that keeps its open gates side by side (DAM) has such a slice. None for other families; if the
+        gates are not a vector; for a convolution with groups; if all gates or no gates are open; on a GPU, where asking
+        would wait for the device; and while operators are counted, traced or transformed, because these must see the
+        whole layer.
         """
         find = self.gate.open_slice
         if find is None or self.granularity not in VECTOR_GRANULARITIES or self.groups != 1:

@@ -15,7 +15,7 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def with_first(args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) with another value in the place of what :func:`first_argument` returns."""
+    """(args, kwargs) with another value in place of what :func:`first_argument` returns."""
     if args:
         return (value, *args[1:]), kwargs
     name = "input" if "input" in kwargs else next(iter(kwargs))

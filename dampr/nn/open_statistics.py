@@ -162,7 +162,7 @@ class OpenWeight(OpenStatistics):
 def of_open(
     x: Tensor, is_open: Tensor, dims: tuple[int, ...], *, centred: bool = True, correction: int | None = 0
 ) -> tuple[Tensor, Tensor]:
-    """(a tensor to normalise in the place of x so that only open elements count, the factor by which the result is too
+    """(a tensor to normalise in place of x so that only open elements count, the factor by which the result is too
     large).
 
     Args:

@@ -25,7 +25,7 @@ class GatedParameter(GatedLayer, nn.Module):
     """Multiplies a parameter along one dimension by gates.
 
     :func:`dampr.convert` puts it on the weights that read a unit, in models whose layers have no gated counterpart. A
-    closed gate zeroes what these weights read of its unit, so nothing behind them depends on the unit.
+    closed gate zeroes what these weights read of its unit, so nothing after them depends on the unit.
 
     Args:
         gate: the gates; other parameters may share them.

@@ -257,7 +257,7 @@ class GatedRecurrent(GatedLayer, nn.RNNBase):
         return [set(row.nonzero().flatten().tolist()) for row in shut]
 
     def channel_gates(self) -> None:
-        """None: a unit is no output channel of a single weight; it is cut in several weights together."""
+        """None: a unit is not an output channel of a single weight; it is cut in several weights together."""
 
     def closed_channels(self) -> tuple[set[int], set[int]]:
         """(the output features whose gates are closed, an empty set)."""
@@ -336,7 +336,7 @@ class GatedLSTM(GatedRecurrent, nn.LSTM):
 
     Called as ``nn.LSTM`` is, with the same results: batched or not, packed or not, with or without a state. The gates
     are drawn once per call. They multiply h wherever a weight or the caller reads it, as if W_hh, W_ih of the next
-    layer and the caller had z h in the place of h; c, which no weight reads, is not gated. They are folded into the
+    layer and the caller had z h in place of h; c, which no weight reads, is not gated. They are folded into the
     weights, and the vendor's kernel runs as it is.
 
     h_n is gated, and h_0 is taken to be (it counts as h_0 / z, and as 0 where z is 0), so with the same gates two

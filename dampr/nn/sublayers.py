@@ -35,7 +35,7 @@ class BySublayers(nn.Module):
         raise NotImplementedError
 
     def _sublayer(self, index: int, norm: Any, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """One sublayer with its norm, in front of the branch (``norm_first``) or behind the sum."""
+        """One sublayer with its norm, before the branch (``norm_first``) or after the sum."""
         if self.norm_first:
             return self._sum(index, x, lambda: branch(norm(x)))
         out: Tensor = norm(self._sum(index, x, lambda: branch(x)))

@@ -29,7 +29,7 @@ Sizes = tuple[int, ...]
 
 
 class Window(NamedTuple):
-    """The arguments of ``torch.nn.functional.conv2d`` that are no tensors, a number for each spatial dimension."""
+    """The arguments of ``torch.nn.functional.conv2d`` that are not tensors, a number for each spatial dimension."""
 
     stride: Sizes
     padding: Sizes

@@ -52,7 +52,7 @@ def define(
 
 
 def or_empty(grads: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The gradients with an empty tensor in the place of each None, because an operator cannot return None."""
+    """The gradients with an empty tensor in place of each None, because an operator cannot return None."""
     return tuple(like.new_empty(0) if g is None else g for g in grads)
 
 

@@ -63,7 +63,7 @@ class Node(torch.autograd.Function):
 
     A subclass defines ``forward`` and two ways to compute gradients. ``plain`` is the same computation in
     differentiable torch operators; its gradients are used if gradients are differentiated again or come in batches.
-    ``fused`` computes the gradients with the backend's kernels, and stands in the place of ``backward``. A subclass
+    ``fused`` computes the gradients with the backend's kernels, and stands in place of ``backward``. A subclass
     without ``fused`` stores a plan that computes them, and has ``by_operators`` for code that is compiled, traced or
     profiled.
 

@@ -26,7 +26,7 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class Norm(NamedTuple):
-    """The arguments of act(z (gain (x - mean) / sqrt(var + eps) + bias)) that are no statistics.
+    """The arguments of act(z (gain (x - mean) / sqrt(var + eps) + bias)) that are not statistics.
 
     gain, bias: (C,), or None for a gain of 1 and no bias. relu: whether a ReLU follows the gates.
     """

@@ -49,8 +49,8 @@ class Budget:
     Without ``steps``, gates are parameters like others (:func:`dampr.param_groups` gives them a learning rate). The
     penalty is w c, where c is the expected share of the cost and w = max(0, multiplier + strength * gap): the gradient
     of an augmented Lagrangian. The gap is the share of the cost that is left in *evaluation* minus the goal of the
-    step, so families whose surrogate is no probability also end at the target. :meth:`step` adds ``rate`` times the gap
-    to the multiplier. :meth:`penalty` and :meth:`step` do not wait for the device.
+    step, so families whose surrogate is not a probability also end at the target. :meth:`step` adds ``rate`` times the
+    gap to the multiplier. :meth:`penalty` and :meth:`step` do not wait for the device.
 
     Args:
         model: a model with gated layers. Gates of all families work, also tied gates and gates of norms, recurrent

@@ -251,9 +251,10 @@ class Controller:
         self._set_levels(torch.where(self.cost.prunable, moved, levels))
 
     def _pull(self) -> Tensor:
-        """The running mean of -dL/dlevel of each gate, (all gates,), divided by its root mean square over all gates.
+        """How much the loss wants each gate's level to rise: the running mean of -dL/dlevel, (all gates,), divided by
+        its root mean square over all gates.
 
-        It also moves the parameters of the families that are no levels.
+        Besides, the method takes a step with the other parameters of the families, and clears all their gradients.
         """
         found = (
             over_ranks(torch.cat([gate.family.pull() for gate in self.gates if isinstance(gate, OwnedGate)]))

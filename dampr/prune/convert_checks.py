@@ -101,7 +101,7 @@ def check_unchanged(model: nn.Module, gated: dict[str, Any], before: list[torch.
 
 
 def may_leave_constants(module: nn.Module) -> bool:
-    """Whether a closed channel may be a constant other than 0 behind this module."""
+    """Whether a closed channel may be a constant other than 0 after this module."""
     if isinstance(module, GatedLayer):
         return isinstance(module, GatedConv)
     return kind_of(module).batch_statistics
@@ -118,7 +118,7 @@ def constants_left(trained: nn.Module, units: Units, vectors: list[list[int]], e
         vectors: for each gated layer, the class of each of its gates.
         example_inputs: the inputs.
 
-    Returns: "none" if only zeros; "some" if constants (behind a norm without gates, or the half of a sigmoid), which a
+    Returns: "none" if only zeros; "some" if constants (after a norm without gates, or the half of a sigmoid), which a
     bias can make up for; "stuck" if something varies, or is read with a border of zeros, so that no bias makes up for
     it.
     """
@@ -181,8 +181,9 @@ def _read_where_closed(trial: Any, units: Units, classes: set[int], example_inpu
 def check_half(trained: nn.Module, example_inputs: Any) -> None:
     """Raise UnprovenError unless half of the gates can be closed and cut, with the same outputs and the predicted cost.
 
-    This fails for some models with gates in convolutions, or norms without gates: behind a closed channel is a constant
-    (the half of a sigmoid, the shift of a norm), and no bias makes up for it at a border that is padded with zeros.
+    This fails for some models with gates in convolutions, or norms without gates: a closed channel may become a
+    constant there (0.5 after a sigmoid, the bias after a norm), and the next convolution cannot make up for it by its
+    bias at a border that is padded with zeros.
 
     Args:
         trained: a copy with values such as training leaves.

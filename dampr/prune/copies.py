@@ -58,7 +58,7 @@ def deep(module: nn.Module, memo: dict[int, Any]) -> Any:
 
 
 def value(one: Any, memo: dict[int, Any]) -> Any:
-    """``copy.deepcopy(one, memo)`` of an object that is no module."""
+    """``copy.deepcopy(one, memo)`` of an object that is not a module."""
     memo[_PARTS] = set()
     return _value(one, memo)
 

@@ -83,7 +83,7 @@ class Cost:
         self.total = self._measure(self.structure.plain, example_inputs)
         self._fixed = 0.0
         self._fixed = self.total - float(self(torch.ones(self.structure.size)))
-        if metric == "params":  # the plain model has a gain in the place of gates in a norm without one
+        if metric == "params":  # the plain model has a gain in place of gates in a norm without one
             self.total = count_params(unwrapped(model))
 
     def __call__(self, gates: Tensor) -> Tensor:

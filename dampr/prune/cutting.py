@@ -200,7 +200,7 @@ class _Constant:
         rows.
         """
         name = names[self.layer]
-        # A transposed convolution adds up other products at each position, so what it computes is no constant.
+        # A transposed convolution adds up other products at each position, so what it computes is not a constant.
         if not self._kind.gemm:
             if self._reads:
                 raise CannotCutError(f"they reach {name!r} {CONSTANTS}")

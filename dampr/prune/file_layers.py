@@ -47,7 +47,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
 def describe_leftovers(model: nn.Module) -> dict[str, Any]:
     """The outermost layers of dampr.nn and ``nn.Identity`` in a model: name -> description.
 
-    Compaction leaves these in the place of other layers of the dense model. Those that data cannot describe are left
+    Compaction leaves these in place of other layers of the dense model. Those that data cannot describe are left
     out.
     """
     found: dict[str, Any] = {}
@@ -145,12 +145,12 @@ def _check_kinds(parameters: dict[str, Any], given: dict[str, Any], where: str) 
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether a value is an integer (no bool) that fits 64 bits."""
+    """Whether a value is an integer (not a bool) that fits 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and no bool."""
+    """Whether a value is a finite number, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 

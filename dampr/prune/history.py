@@ -147,7 +147,7 @@ class Run:
 def read(path: str | os.PathLike[str]) -> Run:
     """The run in the file of a :class:`History`.
 
-    Raises: FileError, with the number of the line, for a file that is no history, is damaged or is cut off;
+    Raises: FileError, with the number of the line, for a file that is not a history, is damaged or is cut off;
     FileNotFoundError.
     """
     text = Path(path).read_text(encoding="utf-8", errors="replace")

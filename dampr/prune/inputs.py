@@ -473,7 +473,7 @@ def unfused() -> Iterator[None]:
 
 
 def replace(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``layers[old]`` in the place of each ``old`` module, under every name it has in ``model``, with the hooks and
+    """Put ``layers[old]`` in place of each ``old`` module, under every name it has in ``model``, with the hooks and
     attributes that users have put on it.
     """
     for old, new in layers.items():

@@ -132,7 +132,7 @@ def _made(form: Any) -> Any:
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value``, the arguments or results of an operator, with ``function(tensor)`` in the place of each tensor."""
+    """``value``, the arguments or results of an operator, with ``function(tensor)`` in place of each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (list, tuple)):
@@ -161,7 +161,7 @@ def to_meta(func: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class OnMeta(TorchDispatchMode):
-    """A mode in which operators get meta tensors in the place of real ones."""
+    """A mode in which operators get meta tensors in place of real ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class OnMeta(TorchDispatchMode):
         return computed(func, args, to_meta(func, kwargs))
 
     def _twin(self, tensor: Tensor) -> Tensor:
-        """The meta tensor in the place of ``tensor``, always the same one."""
+        """The meta tensor in place of ``tensor``, always the same one."""
         if tensor.is_meta:
             return tensor
         if id(tensor) not in self._twins or self._twins[id(tensor)][1].shape != tensor.shape:

@@ -44,7 +44,7 @@ class Plan:
     importance can be measured. Then it gets gates (:func:`dampr.convert`), and a :class:`dampr.Budget` closes them over
     the next 20 % (the ramp), first the units with the least importance for their cost. At the end of the ramp the model
     is compacted in place; the optimizer keeps its state, and the statistics of norms are computed anew. In the rest of
-    the steps the small model is fine-tuned. Gates are no parameters of the model and need no learning rate.
+    the steps the small model is fine-tuned. Gates are not parameters of the model and need no learning rate.
 
     ``model`` stays the same object, but its children are replaced at the end of the ramp. Use :attr:`model` in the
     loop, and make its wrappers (DDP, ``torch.compile``) again when :meth:`step` returns True.
@@ -154,7 +154,7 @@ class Plan:
         self._end = round((share + ramp) * steps)
         # the steps of the budget: those in which it measures, and the ramp
         self._length = min(round(ramp * steps / RAMP), self._end - 1)
-        least = max(8, 9 - (self._end - round(ramp * steps)))  # gates come in behind the first step
+        least = max(8, 9 - (self._end - round(ramp * steps)))  # gates are put in after the first step
         if self._end >= steps or round(ramp * steps) < least:
             raise ValueError(
                 f"steps={steps}, warmup={share:g}, ramp={ramp:g}: expected a ramp of at least {least} steps (it has "
@@ -191,7 +191,7 @@ class Plan:
         if distill and distill_loss is None:
             with as_it_was(model), inputs.evaluating(model), torch.no_grad():
                 output = inputs.call(model, example_inputs)
-            divergence(output, output)  # refuses outputs that are no logits
+            divergence(output, output)  # refuses outputs that are not logits
         self.metric, self.total, self.target = found.metric, found.total, found.target
         self._hooks: list[RemovableHandle] = []
 
@@ -371,7 +371,7 @@ class Plan:
             optimizer: a new optimizer of the model's parameters.
             ema: copies with averaged weights, which are brought to the same structure; load their states after this.
 
-        Raises: PlanError if this plan has taken steps; ValueError if ``state`` is no state of a plan, or of one with
+        Raises: PlanError if this plan has taken steps; ValueError if ``state`` is not a state of a plan, or of one with
         another number of steps.
         """
         if self.steps_taken:

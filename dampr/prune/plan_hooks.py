@@ -41,7 +41,7 @@ def divergence(output: Any, taught: Any, temperature: float = 2.0) -> Tensor:
     """T^2 KL(softmax(taught / T) | softmax(output / T)) of logits (rows, classes), the mean over rows, a scalar (Hinton
     et al. 2015).
 
-    Raises ValueError for outputs that are no such logits.
+    Raises ValueError for outputs that are not such logits.
     """
     output, taught = (getattr(value, "logits", value) for value in (output, taught))
     if not isinstance(output, Tensor) or output.dim() != 2:

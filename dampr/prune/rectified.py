@@ -20,7 +20,7 @@ from .modules import is_exactly
 
 
 def fuse_relu(model: nn.Module, gated: Mapping[nn.Module, Any], example_inputs: Any) -> dict[nn.Module, nn.Module]:
-    """Let batch norms compute the ReLU behind them, where nothing else reads their output.
+    """Let batch norms compute the ReLU that follows them, where nothing else reads their output.
 
     Only an ``nn.ReLU`` module can be fused, also one that is called in several places. A function in a forward cannot
     be left out, and a norm with hooks is not changed, because they would see other values.
@@ -71,7 +71,7 @@ def _followers(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> d
 
 
 def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[str, str]:
-    """name of a norm -> name of the ReLU behind it, found in one run of ``model``.
+    """name of a norm -> name of the ReLU that follows it, found in one run of ``model``.
 
     It holds norms that are called once, whose output one call of a ReLU module reads, and whose output nothing keeps.
     """
@@ -98,7 +98,7 @@ def _alone(model: nn.Module, norms: Iterable[str], example_inputs: Any) -> dict[
             return func(*args, **(kwargs or {}))
 
     def note(relu: str, args: Any, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a ReLU: note that it stands behind the norms whose outputs it gets."""
+        """Forward pre-hook of a ReLU: note that it follows the norms whose outputs it gets."""
         behind.update(dict.fromkeys(whose((args, kwargs)), relu))
 
     def is_alone(norm: str) -> bool:

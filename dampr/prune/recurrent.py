@@ -219,7 +219,7 @@ def _set_columns(reader: nn.Module, name: str, weight: nn.Parameter) -> None:
 
 
 def takes_parts(model: nn.Module, layer: nn.RNNBase, sample: Any) -> bool:
-    """Whether a model runs with a :class:`dampr.nn.StackedRNN`, whose states are lists, in the place of ``layer``."""
+    """Whether a model runs with a :class:`dampr.nn.StackedRNN`, whose states are lists, in place of ``layer``."""
     unchanged = _proof(model, [sample], atol=1e-5, rtol=1e-5)
     parts = in_parts(layer)
     inputs.replace(model, {layer: parts})
@@ -329,5 +329,5 @@ def _checked(found: dict[nn.Module, bool], layer: nn.RNNBase, names: dict[nn.Mod
 
 
 def _leaf(t: Any) -> Any:
-    """``t`` as a leaf of a new graph that requires a gradient; what is no tensor is returned as it is."""
+    """``t`` as a leaf of a new graph that requires a gradient; what is not a tensor is returned as it is."""
     return t.detach().requires_grad_() if isinstance(t, Tensor) else t

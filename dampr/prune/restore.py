@@ -25,7 +25,7 @@ def as_it_was(model: nn.Module, parameters: bool = False, swapped: bool = False)
         model: the model.
         parameters: restore the values of parameters too, which needs a copy of them. A model may write into parameters
             in training, for example into those of a teacher that is a running average.
-        swapped: whether the block puts other tensors in the place of parameters and buffers. If not, layers of torch,
+        swapped: whether the block puts other tensors in place of parameters and buffers. If not, layers of torch,
             whose forward sets no attribute, are passed over, which is faster.
     """
     own = [module for module in model.modules() if swapped or not type(module).__module__.startswith("torch.nn.")]

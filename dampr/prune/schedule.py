@@ -23,16 +23,16 @@ LATER = 0.5  # steps between possible removals, as a share of the steps in which
 
 
 class ShrinkSchedule:
-    """Removals of a plan's ramp.
+    """Decides at which steps of a plan's ramp closed units are removed from the model, and removes them.
 
     Args:
-        when: ``"auto"`` where it pays, True at every step that comes into question, False never.
-        ramp: of the plan's budget.
-        start: the step of the plan at which that ramp's count is 0.
+        when: ``"auto"``: at those of ``steps`` where it pays. True: at all of ``steps``. False: never.
+        ramp: the ramp of the plan's budget.
+        start: the step of the plan at which the ramp starts to count.
         end: the step at which the plan compacts.
 
-    ``"auto"`` compares the steps up to ``end``, times the share of the cost that would go, with what a removal costs in
-    steps. No clock decides, so that a run that is resumed does the same to the bit.
+    ``"auto"`` compares the gain (the number of steps up to ``end``, times the share of the cost that would go) with the
+    time of a removal, in steps. No clock decides, so that a run that is resumed does the same to the bit.
     """
 
     def __init__(self, when: bool | str, ramp: Ramp, start: int, end: int) -> None:
@@ -46,9 +46,9 @@ class ShrinkSchedule:
     def step(
         self, number: int, budget: Budget, model: nn.Module, example_inputs: Any, optimizer: Any, ema: Any
     ) -> bool:
-        """Take out what can go if this step comes into question and it pays.
+        """Remove closed units from the model, if this step is one of ``steps`` and the removal pays.
 
-        Returns whether the model has become smaller.
+        Returns whether the model has changed its size.
         """
         grown = self._bring_back(number, optimizer, ema)
         if number not in self.steps:
@@ -81,10 +81,7 @@ class ShrinkSchedule:
         return self.shrinker
 
     def _pays(self, number: int, saving: float) -> bool:
-        """Whether a removal pays that saves this share of the cost; if not, a decision is noted.
-        ShrinkSchedule.state_dict
-        The state of the schedule, plain data and tensors.
-        """
+        """Whether a removal that saves this share of the cost pays; if not, the reason goes into ``decisions``."""
         left = self.end - number
         if self.when is True or saving * left >= WORTH * REBUILD:
             return True
@@ -107,6 +104,7 @@ class ShrinkSchedule:
         return "\n".join([*lines, *(f"{name}: {note}" for name, note in notes.items())])
 
     def state_dict(self) -> dict[str, Any]:
+        """The state of the schedule, plain data and tensors."""
         shrinker = None if self.shrinker is None else self.shrinker.state_dict()
         return {"shrinker": shrinker, "decisions": list(self.decisions)}
 

@@ -72,7 +72,7 @@ def _why(protected: dict[int, str], units: Units, sides: Iterable[tuple[str, int
 def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example_inputs: Any) -> dict[str, str]:
     """name -> reason, for layers whose closed channels are not 0 where activations are added up or multiplied.
 
-    This happens behind an exp, for example. ``written``: name -> the classes that the layer writes.
+    This happens after an exp, for example. ``written``: name -> the classes that the layer writes.
     """
     summed = set(units.label[units.summed].tolist())
     classes = {one for own in written.values() for one in own if one in summed}

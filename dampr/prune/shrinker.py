@@ -340,7 +340,7 @@ class Shrinker:
 
         Call it *before* you load the states of model and optimizer.
 
-        Raises: ValueError if ``state`` is no state of a Shrinker of this model.
+        Raises: ValueError if ``state`` is not a state of a Shrinker of this model.
         """
         anything = {"events": None, "shelves": None}
         _checks.state("state", state, self.state_dict() | anything)

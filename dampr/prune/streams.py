@@ -311,7 +311,7 @@ def cut_closed(
         small: the model, whose norms are plain by now.
         opened: norm -> which of its channels are open, bool.
         sample: example inputs.
-        round_to: widths that are no multiple of it get a note.
+        round_to: widths that are not a multiple of it get a note.
         notes: notes are added to it, by the names of layers.
 
     Returns: the channels that are left on each side of a layer, and for bare parameters the entries of the manifest, by

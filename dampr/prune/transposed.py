@@ -38,7 +38,7 @@ def to_linear(model: nn.Module) -> dict[str, Any]:
 
 
 def back(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Put ``layers`` back in the place of the ``nn.Linear`` layers of these names; they take over those layers'
+    """Put ``layers`` back in place of the ``nn.Linear`` layers of these names; they take over those layers'
     parameters and widths.
     """
     transposed: dict[nn.Module, nn.Module] = {}

@@ -196,7 +196,7 @@ class Counts:
 
     def width(self, layer: nn.Module, writes: bool) -> Width:
         """What the time of a layer depends on: what is left of the channels that it writes (``writes``), or reads; 1 if
-        its weight is no parameter.
+        its weight is not a parameter.
 
         For a recurrent layer, what it writes is the mean of the units of all layers and directions.
         """

@@ -14,7 +14,7 @@ from . import copies
 
 
 def with_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``value`` with ``change(t)`` in the place of each tensor t. Objects that hold tensors are copied."""
+    """``value`` with ``change(t)`` in place of each tensor t. Objects that hold tensors are copied."""
 
     def leaf(one: Any) -> Any:
         if isinstance(one, Tensor):
@@ -48,7 +48,7 @@ _PLAIN = (str, bytes, int, float, complex, bool, type, nn.Module, torch.dtype, t
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """The items of an object, and the values of its attributes that are no items.
+    """The items of an object, and the values of its attributes that are not items.
 
     Caches of keys and values in transformers models are left out: their shape follows the number of heads.
     """

@@ -28,9 +28,9 @@ class GateCheck:
     Attributes:
         gates: the number of gates.
         tried: the number of gates that were closed one by one.
-        unreachable: the numbers of those tried gates whose closing did not change the output on these inputs (behind a
-            ReLU that is never positive, say).
-        without_gradient: the numbers of the gates on whose value the output does not depend to first order.
+        unreachable: the indices of those tried gates whose closing did not change the output on these inputs (because
+            a ReLU is 0 for that unit in every example, say).
+        without_gradient: the indices of the gates for whose value the gradient of the output is 0.
         problems: why the layer does not pass; empty if it does.
     """
 
@@ -210,8 +210,16 @@ def _any_loss(outputs: list[Tensor]) -> Tensor:
 
 
 def _close(trial: nn.Module, layer: GatedLayer, example_inputs: Any, limit: int) -> tuple[int, list[int], bool]:
-    """(how many gates were closed one by one, the numbers of those that changed nothing, whether closing all changes
-    nothing).
+    """Close gates of a layer one by one, then all at once, and compare the outputs of the model bit by bit.
+
+    Args:
+        trial: a copy of the model whose gates have constant values.
+        layer: a gated layer of ``trial``.
+        example_inputs: the inputs.
+        limit: at most this many gates are closed one by one; of more, an evenly spaced choice.
+
+    Returns: (how many gates were closed one by one, the indices of those whose closing changed no output, whether
+    closing all gates changed none either).
     """
     gate = layer.gate
     assert isinstance(gate, Fixed)

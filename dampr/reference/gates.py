@@ -96,7 +96,7 @@ def gate(log_alpha: torch.Tensor, spec: GateSpec, u: torch.Tensor | None = None)
     closed, full = _decide(log_alpha, spec, u)
     if spec.rule == BINARY:
         return torch.where(closed, zero, one)
-    # where() passes gradients through both branches; 0 in the place of a clipped log_alpha keeps infinities out of them
+    # where() passes gradients through both branches; 0 in place of a clipped log_alpha keeps infinities out of them
     s = _concrete(torch.where(closed | full, zero, log_alpha), spec, u)
     z = s * (spec.zeta - spec.gamma) + spec.gamma
     inside = z + (z.clamp(EDGE, 1 - EDGE) - z).detach()

@@ -1,4 +1,4 @@
-"""Batch norm, gates behind it, ReLU, in plain PyTorch."""
+"""Batch norm, then gates, then a ReLU, in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def _specs() -> list[tuple[str, GateSpec]]:
 def verify_noise(row: Row, dtype: torch.dtype) -> Row:
     """Add to ``row`` whether drawn gates are 0 and 1 exactly where the reference says.
 
-    For random seeds, and for rows whose first gate is no multiple of four.
+    For random seeds, and for rows whose first gate is not a multiple of four.
     """
     generator = torch.Generator().manual_seed(0)
     for index, (rows, n) in enumerate(((None, 4096), (3, 1001), (257, 64), (5, 7), (1, 1), (0, 5))):

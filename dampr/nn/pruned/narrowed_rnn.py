@@ -23,7 +23,7 @@ def plain_rnn(like: nn.RNNBase, weights: Mapping[str, Tensor], **others: Any) ->
 
     Args:
         like: the layer whose arguments and training mode it gets.
-        weights: name -> weight. A weight that is no parameter requires a gradient if that of ``like`` does.
+        weights: name -> weight. A weight that is not a parameter requires a gradient if that of ``like`` does.
         others: arguments that differ from those of ``like``.
     """
     kind: Any = next(kind for kind in KINDS if isinstance(like, kind))

@@ -81,7 +81,7 @@ class PrunedTransformerEncoderLayer(PrunedLayer, EncoderBySublayers):
         head_dim: the width of a head; None: d_model / nhead. It differs if channels of the residual stream were cut
             too.
 
-    It is called like ``nn.TransformerEncoderLayer``. With ``norm_first=False``, the norm behind a removed sublayer
+    It is called like ``nn.TransformerEncoderLayer``. With ``norm_first=False``, the norm after a removed sublayer
     stays.
 
     Raises: ValueError that names the argument, and what ``nn.TransformerEncoderLayer`` raises.
@@ -159,7 +159,7 @@ class PrunedTransformerDecoderLayer(PrunedLayer, DecoderBySublayers):
 
 
 class RemovedPart(nn.Module):
-    """Stands in the place of a removed part, with the attributes that ``nn.TransformerEncoder`` reads."""
+    """Stands in place of a removed part, with the attributes that ``nn.TransformerEncoder`` reads."""
 
     in_proj_weight = in_proj_bias = weight = bias = torch.empty(0)
 
@@ -177,7 +177,7 @@ _Removed = RemovedPart  # the former name, which older pickles of compacted mode
 
 
 def remove_sublayer(layer: Any, index: int, name: str) -> None:
-    """Remove sublayer ``index`` from ``layer``, where ``name`` is its first part; a norm behind the sum stays."""
+    """Remove sublayer ``index`` from ``layer``, where ``name`` is its first part; a norm after the sum stays."""
     for part in ("linear1", "linear2") if name == "linear1" else (name,):
         setattr(layer, part, RemovedPart(getattr(getattr(layer, part), "batch_first", False)))
     if layer.norm_first:

@@ -1,8 +1,8 @@
 """The CPU backend: C++ multiplies the gates (:mod:`dampr._C`, which sees raw pointers), torch's GEMM the matrices.
 
-Per batch, one pass in front of the GEMM folds the gates into the weight, and one pass behind it works on the gradient
-of the folded weight. Per sample, gates are drawn while the activations are multiplied, and drawn again in the backward.
-Derivations: docs/kernels.md.
+Per batch, one pass before the GEMM folds the gates into the weight, and one pass after the GEMM of the backward takes
+the gradients of weight and gates from that of the folded weight. Per sample, gates are drawn while the activations are
+multiplied, and drawn again in the backward. Derivations: docs/kernels.md.
 """
 
 from __future__ import annotations

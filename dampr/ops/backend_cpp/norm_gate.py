@@ -1,4 +1,4 @@
-"""A batch norm and the gates behind it in one call for the forward and one for the backward: ``norms.h`` of csrc.
+"""A batch norm and the gates after it in one call for the forward and one for the backward: ``norms.h`` of csrc.
 
 After a convolution has filled the caches, Python takes longer here than the arithmetic. So layouts are cached by shape,
 and every argument of a call is written out.

@@ -93,7 +93,7 @@ def _list_live(z: torch.Tensor, groups: int, depth: int) -> tuple[torch.Tensor, 
         groups: the groups of the convolution.
         depth: the channels of one block.
 
-    Returns: ``live`` (images * groups, blocks), the numbers of these blocks, and ``count`` (images * groups, 1), how
+    Returns: ``live`` (images * groups, blocks), the indices of these blocks, and ``count`` (images * groups, 1), how
     many there are. Images count as one if they share their gates.
     """
     rows, C = z.shape[:-1].numel() * groups, z.shape[-1] // groups

@@ -273,7 +273,7 @@ class Live(NamedTuple):
 
     Attributes:
         z: the gate values, (K,).
-        blocks: the numbers of the blocks of features with an open gate, increasing, int32.
+        blocks: the indices of the blocks of features with an open gate, increasing, int32.
         number: how many such blocks there are, (1,).
     """
 

@@ -44,7 +44,7 @@ class Attention(_OfAttention, Counted):
         return self.twin(layer).from_dense(layer, gate=gate, per_sample=per_sample)
 
     def staying(self, layer: Any) -> dict[tuple[str, int], str]:
-        """The heads, where they are to go without another layer in the place of torch's."""
+        """The heads, where they are to go without another layer in place of torch's."""
         reason = "torch's attention has as many channels in its heads as around them"
         return {(name, 0): reason for name, _ in layer.named_parameters(recurse=False) if name.endswith("proj_weight")}
 

@@ -40,7 +40,7 @@ class Kind:
         gemm: what it writes is one product with ``weight``, and a bias; this includes depthwise convolutions.
         recurrent: it is a recurrent layer of torch.
         attends: it is an attention; what it reads and what it writes have the same width.
-        gates_units: its gates close units of a recurrent state, or heads, which are no channels of one weight.
+        gates_units: its gates close units of a recurrent state, or heads, which are not channels of one weight.
         one_node: it is one node when a model is traced, whatever operations it consists of.
         passes: it hands every channel on, times a factor of its own, and neither writes nor reads a width.
         gates_values: its gates multiply the channels of other layers.

@@ -36,7 +36,7 @@ class Scale(Passing):
         return {"scale": 0} if writes else {}
 
     def params(self, name: str, layer: Any, widths: LayerWidths, own: int, counted: set[Any]) -> Iterator[Term]:
-        """Its factors are a buffer, so they are no parameters of the cost."""
+        """Its factors are a buffer, so they are not parameters of the cost."""
         yield from Kind.params(self, name, layer, widths, own, counted)
 
 

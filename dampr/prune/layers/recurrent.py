@@ -106,7 +106,7 @@ class Recurrent(_OfRecurrent, Counted):
         return [(layer, name) for name in ["weight_ih_l0", *["weight_ih_l0_reverse"] * layer.bidirectional]]
 
     def staying(self, layer: Any) -> dict[tuple[str, int], str]:
-        """The units behind a projection: torch wants more of these than there are projected ones."""
+        """The hidden units that a projection reads: torch wants more of these than there are projected ones."""
         names = [name for name, _ in layer.named_parameters(recurse=False) if name.startswith("weight_hr")]
         return {(name, 1): "a projection reads it, which has to make it narrower" for name in names}
 
@@ -191,7 +191,7 @@ class Recurrent(_OfRecurrent, Counted):
 
 
 class Stacked(_OfRecurrent):
-    """``dampr.nn.StackedRNN``: one-layer modules of different widths in the place of one recurrent layer."""
+    """``dampr.nn.StackedRNN``: one-layer modules of different widths in place of one recurrent layer."""
 
     types = (StackedRNN,)
 

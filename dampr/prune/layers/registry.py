@@ -50,7 +50,7 @@ _known: WeakKeyDictionary[type, Kind] = (
 
 
 def kind_of(layer: Any) -> Kind:
-    """The kind of a layer; :data:`OTHER` for a layer that no kind fits, and for an object that is no layer."""
+    """The kind of a layer; :data:`OTHER` for a layer that no kind fits, and for an object that is not a layer."""
     cls = type(layer)
     kind = _known.get(cls)
     if kind is None:

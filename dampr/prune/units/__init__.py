@@ -7,8 +7,8 @@ units. A trace finds that they are one: a *class*, which can be cut as a whole.
 The steps: the model is run once in evaluation and once in training under a dispatch mode that carries units from
 operator to operator (:mod:`.tracer`). A rule for each operator (:mod:`.rules`) records in a ledger (:mod:`.ledger`)
 which units become one and which cannot be cut. From the ledger follows the partition into classes (:mod:`.partition`).
-A trace is no proof, so :mod:`.proof` cuts a copy and traces it again, and runs a masked copy to see what closed units
-are where something reads them. No step looks at the types of modules.
+A trace is not a proof, so :mod:`.proof` cuts a copy and traces it again, and runs a masked copy to see which values
+closed units have where something reads them. No step looks at the types of modules.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Ledger:
         read: units of contracted dimensions of weights.
         written: units of the other dimensions of weights, of biases and of norms.
         reached: name -> the modes (training or not) in which an operator read it.
-        numbers: (operator, its arguments that are no tensors) of every elementwise call, in order.
+        numbers: (operator, its arguments that are not tensors) of every elementwise call, in order.
         columns: units of the contracted dimensions of weights themselves; they are in ``read`` too.
         summed: units of activations that are added up without a weight (a sum over channels, a product of two
             activations).

@@ -239,7 +239,7 @@ def _slice(call: Call) -> Axes:
 
 
 def _cuts(start: int, length: int, whole: int) -> list[int]:
-    """The sizes of the parts in front of a slice, in it and behind it, without empty ones."""
+    """The sizes of the parts before a slice, in it and after it, without empty ones."""
     return [size for size in (start, length, whole - start - length) if size]
 
 

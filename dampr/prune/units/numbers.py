@@ -32,7 +32,7 @@ def kept_numbers(module: nn.Module) -> dict[str, int]:
 
 
 def number_of(module: nn.Module, attribute: str) -> int | None:
-    """The value of an attribute that has a name as in :func:`kept_numbers`; None if it is no whole number."""
+    """The value of an attribute that has a name as in :func:`kept_numbers`; None if it is not a whole number."""
     name, _, at = attribute.partition(".")
     value: Any = vars(module).get(name)
     if at:

@@ -59,7 +59,7 @@ class Units:
         reached: name -> the modes (``training``) in which an operator read the parameter.
         modes: the modes that were traced.
         failed: mode -> why it could not be traced.
-        numbers: the arguments of elementwise operators that are no tensors, in the order of calls.
+        numbers: the arguments of elementwise operators that are not tensors, in the order of calls.
         columns: bool (units,), whether each unit belongs to a contracted dimension of a weight.
         summed: bool (units,), whether activations of each unit are added up without a weight.
         added: bool (units,), whether activations of each unit are added to others, as along a residual stream.
@@ -259,7 +259,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
 
 
 def _factored(product: Product, label: Ints) -> Product:
-    """The product with factors in the place of axes that overlap.
+    """The product with factors in place of axes that overlap.
 
     Dimensions along which an axis has the same classes do not count, and of axes that then are the same (keys and
     values, of which whole heads may go) one does.

@@ -68,7 +68,10 @@ def parts_of(func: Any) -> Callable[..., Any] | None:
 def _trilinear(
     a: Tensor, weight: Tensor, b: Tensor, new_a: list[int], new_weight: list[int], new_b: list[int], over: list[int]
 ) -> Tensor:
-    """What ``torch.nn.functional.bilinear`` computes: the sums of a product of three tensors, with new dimensions."""
+    """The operator ``_trilinear``, of which ``torch.nn.functional.bilinear`` is made: (a * weight * b).sum(over).
+
+    ``new_a``, ``new_weight``, ``new_b``: the dimensions of size 1 that each tensor gets before the product.
+    """
     product = functools.reduce(Tensor.unsqueeze, new_a, a) * functools.reduce(Tensor.unsqueeze, new_weight, weight)
     return (product * functools.reduce(Tensor.unsqueeze, new_b, b)).sum(over)
 

@@ -260,7 +260,7 @@ class Tracer(TorchDispatchMode):
         return view, (before, *args[1:])
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """What the operator returns. With ``fake``, it is called on meta tensors in the place of real ones."""
+        """What the operator returns. With ``fake``, it is called on meta tensors in place of real ones."""
         if not self.fake or name.startswith("lift_fresh"):
             return func(*args, **kwargs)
         args, kwargs = meta.mapped(self.on_meta, args), meta.mapped(self.on_meta, kwargs)
@@ -338,7 +338,7 @@ class Tracer(TorchDispatchMode):
             yield tensor
 
     def _root(self, tensor: Tensor) -> Tensor:
-        """The tensor at the end of :meth:`_bases`; ``tensor`` itself if it is no view."""
+        """The tensor at the end of :meth:`_bases`; ``tensor`` itself if it is not a view."""
         return [tensor, *self._bases(tensor)][-1]
 
     def _no_longer_even(self, written: Any) -> None:
