@@ -73,10 +73,9 @@ def forced_route(name: str | None) -> Iterator[None]:
 
 
 def known(condition: bool) -> bool:
-    """``condition``, a comparison of sizes, or False where a compiler's symbol leaves it open.
+    """``condition``, a comparison of sizes; False if a size is a symbol of torch.compile and the answer depends on it.
 
-    A threshold that asked for the value of a dynamic size would make a guard of it, and what is compiled would serve a
-    few sizes.
+    To ask a symbol for its value would add a guard, and the compiled code would then serve a few sizes only.
     """
     if not torch.compiler.is_compiling() and isinstance(condition, bool):
         return condition
@@ -97,7 +96,14 @@ def check(name: str, possible: tuple[str, ...], granularity: str | tuple[int, in
 
 
 def forced(possible: tuple[str, ...], granularity: str | tuple[int, int], per_sample: bool) -> str | None:
-    """The forced route, checked against those that can serve a call; None when the choice is free."""
+    """The route that the innermost :func:`forced_route` block asks for; None if the choice is free.
+
+    Args:
+        possible: the routes that can serve the call.
+        granularity, per_sample: properties of the call, for the message of the error.
+
+    Raises: ValueError if the route is not among ``possible``.
+    """
     name = forced_name()
     if name is not None:
         check(name, possible, granularity, per_sample)
@@ -110,5 +116,7 @@ def are_smaller(M: int, N: int, K: int) -> bool:
 
 
 def forced_linear(possible: tuple[str, ...], granularity: str | tuple[int, int], per_sample: bool) -> str | None:
-    """:func:`forced` for a linear map, which is free to choose where a convolution was told to be one."""
+    """:func:`forced` for a linear layer. If the forced route is "linear", which makes a convolution run as a linear
+    layer, the choice is free here.
+    """
     return None if forced_name() == "linear" else forced(possible, granularity, per_sample)

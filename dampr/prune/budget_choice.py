@@ -24,7 +24,23 @@ def choose(
     min_width: int,
     same: list[list[int]],
 ) -> Tensor:
-    """The gates to open: bool, (all gates,). By bisection over their order; then any further gates that still fit."""
+    """The gates that a budget keeps open: as many as the target allows, those of the highest rank first.
+
+    The number of gates is found by bisection. Then further gates of lower rank are opened if they still fit.
+
+    Args:
+        cost: the cost of the model as a function of its open gates.
+        gates: the gate vectors of the model.
+        order: a number for each gate, (all gates,), that decides between gates of equal rank; larger is kept.
+        target: the cost to stay within.
+        round_to: the number of open gates of each width becomes a multiple of it, as far as its size allows.
+        min_width: at least this many gates stay open in each width (rounded up to a multiple of ``round_to``).
+        same: groups of gate vectors, by their index in ``gates``, that keep equally many gates.
+
+    Returns: bool, (all gates,).
+
+    Raises: BudgetError if the target is below what ``min_width`` costs, or if a group of ``same`` cannot be equal.
+    """
     chosen, increments = increments_of(cost, gates, order, round_to, min_width, same)
     check_reached(cost, chosen, target, round_to, min_width)
     return longest(cost, chosen, increments, target)
@@ -42,10 +58,13 @@ def check_reached(cost: Cost, least: Tensor, target: float, round_to: int, min_w
 def increments_of(
     cost: Cost, gates: Sequence[Gate], tied: Tensor | None, round_to: int, min_width: int, same: list[list[int]]
 ) -> tuple[Tensor, list[Increment]]:
-    """(the gates that are open in any case, bool (all gates,); the other gates as increments, in the order of opening).
+    """Divide the gates of a model into those that are open in any case and those that a budget chooses from.
 
     An increment is (number of a width, gates that open together). A width is a gate vector or, in a recurrent layer,
-    the gates of one layer and direction. ``tied`` breaks ties between gates of equal rank.
+    the gates of one layer and direction. Arguments as for :func:`choose`; ``tied`` is its ``order``, or None.
+
+    Returns: (bool (all gates,), the gates that are open in any case; the other gates as increments, in the order in
+    which they are opened).
     """
     base = torch.zeros(cost.structure.size, dtype=torch.bool)
     found: list[Ranked] = []

@@ -100,7 +100,15 @@ class _Going:
 def _decide(
     widths: Widths, closed: Closed, notes: dict[str, str], names: dict[nn.Module, str], round_to: int
 ) -> list[_Going]:
-    """The classes to cut for each layer with closed channels; adds to ``notes`` why others stay."""
+    """Decide which classes are cut for each layer with closed channels.
+
+    Args:
+        widths: the widths of the plain model.
+        closed: (layer, whether it writes them) -> the closed channels.
+        notes: gets name of a layer -> why closed channels of it stay.
+        names: layer -> its name.
+        round_to: see :func:`dampr.compact`.
+    """
     going: list[_Going] = []
     decided: set[int] = set()
     gone = _gone(widths, closed)
@@ -256,7 +264,16 @@ def _cut(
 ) -> None:
     """Cut the classes of ``going`` out of ``small``, fold the constants into biases, and run the model on ``sample``.
 
-    ``kept`` gets what is left of each side. Raises: UnableError if the model does not run.
+    Args:
+        small: the model; changed in place.
+        widths: its widths.
+        going: the classes to cut.
+        constants: what the cut channels contribute to the layers that read them.
+        kept: gets (layer, whether it is the output side) -> the indices of the channels that are left, int64.
+        names: layer -> its name, for the error.
+        sample: an example input.
+
+    Raises: UnableError if the model does not run.
     """
     classes = {one for width in going for one in width.classes}
 

@@ -19,7 +19,10 @@ NORMS = {dense for kind in KINDS if kind.batch_statistics for dense, _ in kind.t
 
 
 def precise(gate: Any, model: nn.Module) -> Any:
-    """``gate`` in float64 where the model is, because float32 is less exact than compaction is."""
+    """``gate``, which makes its parameters in float64 if the model is float64.
+
+    Gates in float32 would be less exact than the rest of the model and the check of compaction.
+    """
     return (lambda count, device=None: make_gate(gate, count, device).double()) if is_double(model) else gate
 
 

@@ -190,8 +190,21 @@ def _ignores(x: Tensor, shape: list[int], run: Callable[[Tensor], Any]) -> bool:
 
 @torch.no_grad()
 def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor) -> OpenNorm:
-    """``norm`` with the ``correction`` and the ``offset`` with which a copy that leaves out half of the units comes
-    closest to a copy without these; ``norm`` itself if the layer alone does not run.
+    """Find the ``correction`` and the ``offset`` with which a norm that counts open units alone computes the right
+    result.
+
+    Half of the units are closed in one copy of the layer and cut out of another one. The right result is what the cut
+    copy computes; each correction is tried in the masked copy.
+
+    Args:
+        layer: the norm layer.
+        name: its name in the model.
+        norm: what is known of the norm.
+        units: the partition of the model.
+        x: an input of the layer.
+
+    Returns: ``norm`` with both attributes set, the correction that comes closest; ``norm`` itself if the layer does not
+    run alone.
     """
     gone = sorted(set(norm.classes).difference(units.fixed))[1::2]
     left = torch.tensor([at for at, one in enumerate(norm.classes) if one not in gone]).to(x.device)

@@ -34,7 +34,9 @@ class Sight:
     tied: set[str]
 
     def why_not(self, layer: nn.Module, name: str) -> str | None:
-        """Why the channels that ``layer`` writes cannot be cut; "" if that was tried and works; None if it was not
+        """The result of trying to cut the channels that ``layer`` (called ``name``) writes.
+
+        Returns: why they cannot be cut; "" (a reason of no words) if the cut was tried and works; None if it was not
         tried.
         """
         units, placement = self.units, self.placement
@@ -61,9 +63,9 @@ class Sight:
         return ""
 
     def why_not_read(self, layer: nn.Module, name: str) -> str | None:
-        """Why the channels that ``layer`` reads cannot be cut although the trace calls them free.
+        """Why the channels that ``layer`` (called ``name``) reads cannot be cut although the trace found no reason.
 
-        None if they can, and if the trace itself has a reason against it.
+        None if they can be cut, and also if the trace itself found a reason.
         """
         weight, dim = f"{name}.weight".lstrip("."), kind_of(layer).weight_dim(False)
         classes = set(self.units.classes(weight, dim))

@@ -256,7 +256,11 @@ def _kind(units: Units, cluster: list[int]) -> str:
 
 
 def only(model: nn.Module, units: Units, placement: Placement, include: Filter, exclude: Filter) -> Placement:
-    """Keep the gate vectors whose writing layers are all included and not excluded."""
+    """``placement`` without the gate vectors that the arguments of convert leave out.
+
+    A vector stays if the layers that write its classes (as in :func:`wanted`), and the norms over them, are included
+    and not excluded.
+    """
     left = set(wanted(model, units, placement.classes(), include, exclude))
     for name, norm in placement.norms.items():
         if not filters.wanted(above(model, name), include, exclude):
@@ -267,7 +271,7 @@ def only(model: nn.Module, units: Units, placement: Placement, include: Filter, 
 
 
 def _staying(model: nn.Module, units: Units) -> dict[int, str]:
-    """class -> why it stays, for classes of widths that the class of a layer needs whole."""
+    """class -> why it must not be cut, for widths of which the code of a layer needs every index (``Kind.staying``)."""
     return {
         one: reason
         for path, layer in model.named_modules()
@@ -319,9 +323,10 @@ def above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 
 def wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
-    """The classes for which a layer that writes them is included, and none is excluded.
+    """Filter ``classes`` by the arguments ``include`` and ``exclude`` of convert.
 
-    If no layer writes a class, the layers that read it count.
+    A class stays if at least one of the layers that write it is included, and none of them is excluded. If no layer
+    writes the class, all layers that have it count instead.
     """
     if include is None and exclude is None:
         return classes

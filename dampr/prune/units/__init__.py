@@ -9,6 +9,10 @@ operator to operator (:mod:`.tracer`). A rule for each operator (:mod:`.rules`) 
 which units become one and which cannot be cut. From the ledger follows the partition into classes (:mod:`.partition`).
 A trace is not a proof, so :mod:`.proof` cuts a copy and traces it again, and runs a masked copy to see which values
 closed units have where something reads them. No step looks at the types of modules.
+
+Names in the code of this package and of its callers: a unit and a class are integers; ``one`` is a class where a loop
+or a function takes a single class; ``label[unit]`` is the class of a unit; an ``axis`` (:mod:`.axes`) holds the units
+along the dimensions of a tensor, and ``line(axis)`` is the same units as a vector.
 """
 
 from __future__ import annotations

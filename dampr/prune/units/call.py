@@ -93,8 +93,10 @@ class Call:
         ]
 
     def even(self, tensor: Tensor, dims: set[int]) -> bool:
-        """Whether a tensor of constants is the same along ``dims``, from what is known without its values or, off meta,
-        from them.
+        """Whether a tensor of constants has equal values along the dimensions ``dims``.
+
+        The tracer may know it without looking at the values (:meth:`.tracer.Tracer.is_even`). Else the values are
+        compared; a meta tensor has none, so the answer is then False.
         """
         if all(self.tracer.is_even(tensor, d - tensor.dim()) for d in dims):
             return True

@@ -164,7 +164,12 @@ def _grouped_matrix(call: Call) -> Axes:
 
 
 def _in_blocks(call: Call, tensor: Tensor, dim: int) -> None:
-    """Unite the units along ``dim`` in runs of 8 (16 bytes in half precision), or of 16 bytes where 8 does not fit."""
+    """Unite the units along ``dim``, a negative number, in blocks of consecutive ones, so that whole blocks are cut.
+
+    A kernel that wants rows of a multiple of 16 bytes would refuse other sizes. A block has 8 units (16 bytes in half
+    precision) if the size is a multiple of 8, else as many as have 16 bytes. If these do not divide the size, nothing
+    is united.
+    """
     size, at = tensor.shape[dim], tensor.dim() + dim
     run = 8 if size % 8 == 0 else max(1, 16 // tensor.element_size())
     for axis in call.axes(tensor) if size % run == 0 else []:

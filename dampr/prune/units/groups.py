@@ -105,8 +105,10 @@ def _kinds(units: Units) -> Ints:
 
 
 def share_of_macs(units: Units, classes: Iterable[int], modules: Collection[str] = ()) -> float:
-    """The share of the multiply-accumulates of all products that belongs to products which shrink without ``classes``,
-    or are in ``modules``.
+    """How much of the model's work gates on ``classes`` can reach, as a share of its multiply-accumulates.
+
+    A product (a matrix product or convolution) counts in full if a dimension of it has an index of ``classes``, or if
+    it runs in one of ``modules`` (names) or inside one. 0 for a model without products.
     """
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)
@@ -122,7 +124,10 @@ def is_inside(name: str, names: Iterable[str]) -> bool:
 
 
 def left_at_half(units: Units, classes: Iterable[int]) -> float:
-    """The share of the multiply-accumulates of all products that is left when half of ``classes`` are cut."""
+    """The share of the model's multiply-accumulates that is left if half of ``classes`` are cut.
+
+    It is assumed that each dimension of a product loses half of its indices that belong to ``classes``.
+    """
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)
     left = sum(p.macs * math.prod(1 - float(cut[line].mean()) / 2 for line in p.factors) for p in units.products)

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 @rules.rule("index index_select gather take_along_dim")
 def _index(call: Call) -> Axes:
-    """The rule of picking by an index tensor, whose values the trace does not know.
+    """The rule of operators that read a tensor at indices from another tensor, whose values the trace does not know.
 
-    Units along the picked dimensions are fixed if the axis changes along nothing else. Otherwise all picked indices
-    become alike, and units along the other dimensions stay apart.
+    If the units of an axis change along the indexed dimensions alone, they must not be cut ("picked"). If they change
+    along other dimensions too, the units at all indices of the indexed dimensions become one, and units along the other
+    dimensions stay apart. The channels of an index tensor itself must not be cut.
     """
     tensor, out = call.args[0], []
     for index in call.given[1:]:

@@ -139,11 +139,13 @@ class Units:
         raise KeyError(f"dimension {dim} of {name!r} has one index, which is no unit")
 
     def is_column(self, name: str, dim: int) -> bool:
-        """Whether a product sums over dimension ``dim`` of the parameter ``name``."""
+        """Whether a product sums over dimension ``dim`` of the parameter ``name``, as over the columns of a weight."""
         return self._any(self.columns, name, dim)
 
     def is_row(self, name: str, dim: int) -> bool:
-        """Whether the result of a product has dimension ``dim`` of the parameter ``name``."""
+        """Whether the result of a product has a dimension for ``dim`` of the parameter ``name``, as for the rows of a
+        weight.
+        """
         return self._any(self.written, name, dim)
 
     def _any(self, marked: Bools, name: str, dim: int) -> bool:
@@ -151,11 +153,11 @@ class Units:
         return any(marked[first : first + size].any() for at, first, size in self.origin[self.alias[name]] if at == dim)
 
     def why_not(self, name: str, dim: int) -> Reason | None:
-        """Why an index of dimension ``dim`` must not be cut, or only under conditions (:attr:`statistics`,
-        :attr:`normalised`); None if all may be cut.
+        """Why some index of dimension ``dim`` of the parameter ``name`` must not be cut, or may be cut only under a
+        condition (:attr:`statistics`, :attr:`normalised`); None if all may be cut.
 
-        Of several reasons it returns that of the lowest index, but reasons of :data:`NOTHING_TO_CHOOSE` only if there
-        is no other.
+        If several indices have reasons, the reason of the lowest index is returned. Reasons of a kind in
+        :data:`NOTHING_TO_CHOOSE` are returned only if there is no other.
         """
         reasons = [reason for one in self.classes(name, dim) if (reason := self.reason(one)) is not None]
         return next(

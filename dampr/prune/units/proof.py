@@ -248,7 +248,10 @@ def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
 
 
 def _alone(units: Units, gone: set[int]) -> set[int]:
-    """The classes that are the only one left of some dimension; a trace has less evidence about them."""
+    """The classes that are the only ones left in some dimension after ``gone`` is cut.
+
+    A dimension of size 1 has no unit in a trace, so the trace of the cut model says less about these classes.
+    """
     found: set[int] = set()
     for name, dims in units.origin.items():
         for dim, _, _ in dims:

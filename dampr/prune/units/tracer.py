@@ -428,10 +428,16 @@ def _view_of(func: Any) -> Any:
 
 
 def _paired(axes: Axes, old: Axes) -> list[tuple[Tensor | None, Tensor | None]] | None:
-    """Pairs of an axis that is written into memory and the one there along the same dimensions.
+    """Match the axes of values that are written into memory with the axes of the values that were there before.
 
-    None stands for no axis. A single axis may take the place of any other. Returns None if axes share some of their
-    dimensions, and not all.
+    Axes match if they change along the same dimensions; a single new axis also matches a single old one.
+
+    Args:
+        axes: the axes of the new values.
+        old: the axes of the old values.
+
+    Returns: pairs (new axis, old axis), with None for an axis without a match. None if a new and an old axis have some
+    of their dimensions in common, but not all.
     """
     if len(axes) == 1 and len(old) <= 1:
         return [(axes[0], old[0] if old else None)]
