@@ -81,7 +81,7 @@ def steps() -> str:
 
 
 def _step(name: str, model: dict[str, Any]) -> tuple[str, ...]:
-    """The cells of a model's row."""
+    """The cells of the row of a model, from its counts of operators, kernels and waits, dense and gated."""
     dense, operators = (sum(model[kind]["operators"].values()) for kind in ("dense", "gated"))
     kernels, layers = sum(model["gated"]["kernels"].values()), model["layers"]
     more = operators + kernels - dense

@@ -176,7 +176,13 @@ def _of(found: dict[Run, Record], task: str, method: str) -> list[Record]:
 
 
 def _row(mine: list[Record], dense: list[Record], narrow: list[Record]) -> tuple[str, ...]:
-    """The last cells of a row."""
+    """The last cells of a row of the table: cost, steps, times and accuracies of one way to train.
+
+    Args:
+        mine: the records of this way, one for each seed.
+        dense: the records of the dense network, for the ratio of times.
+        narrow: the records of the narrow network, for the ratio of times after the ramp.
+    """
     accuracies = [r["test_accuracy"] for r in mine]
     return (
         f"{statistics.mean(r['macs_left'] for r in mine):.1%}",

@@ -241,7 +241,7 @@ The defaults were chosen by these; one seed says little, so no setting was chose
 
 
 def skeleton() -> str:
-    """A document with a place for each task's tables."""
+    """The text of docs/quality.md, with an empty place for the tables of each task."""
     places = "\n".join(
         f"## {task.title}\n\n<!-- table: quality/{name} -->\n<!-- end -->\n" for name, task in TASKS.items()
     )

@@ -40,7 +40,17 @@ def run(shape: tuple[int, int, int] = SHAPE, shares: Sequence[float] = SHARES, r
 
 
 def _ratio(shape: tuple[int, int, int], side: str, share: float, rounds: int) -> float:
-    """The ratio of the median times at one share of closed gates."""
+    """How the time of a training step changes if closed gates are left out of the products.
+
+    Args:
+        shape: (M, K, N) of the layer: x is (M, K), the weight (N, K).
+        side: which gates the layer has, "inputs" or "outputs".
+        share: the share of the gates that are closed, chosen at random.
+        rounds: how many steps of each kind are timed, in turns.
+
+    Returns: the median time of a step that leaves them out, divided by that of a step that multiplies them. Below 1,
+    leaving out is faster.
+    """
     m, k, n = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(m, k, generator=generator, requires_grad=True)

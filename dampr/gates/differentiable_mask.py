@@ -168,7 +168,7 @@ class DifferentiableMask(KernelGate):
         )
 
     def _ends(self) -> tuple[float, float]:
-        """(|alpha| at level 0, |alpha| between levels 0 and 1)."""
+        """(|alpha| at level 0, the difference of |alpha| between level 1 and level 0)."""
         low = float(self.threshold)
         return low, 1 - low if low < 1 else 1.0
 

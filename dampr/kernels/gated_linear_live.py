@@ -55,9 +55,10 @@ def gated_linear_live_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) from the ``count`` listed blocks of K.
+    """y (M, N) from the ``count`` blocks of K whose indices are listed in ``live``.
 
-    z: (K,), the input gates. EVEN: K is a multiple of BLOCK_K.
+    z: (K,), float32, the input gates, which ``live_blocks_kernel`` has drawn. Output gates are drawn here. GROUP and
+    PRECISION: see gated_linear.py. EVEN: K is a multiple of BLOCK_K.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row, col = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -64,7 +64,7 @@ class GatedHeads(GatedLinear):
         return set(), set()
 
     def open_heads(self) -> list[int]:
-        """The gates that are open in evaluation."""
+        """The indices of the gates that are open in evaluation, in increasing order."""
         found: list[int] = self.gate.is_open().nonzero().flatten().tolist()
         return found
 

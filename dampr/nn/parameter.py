@@ -250,13 +250,16 @@ _RUNNING: ContextVar[tuple[Any, list[Tensor]]] = ContextVar("_RUNNING", default=
 
 
 class _RecurrentWithGates(_WithGates):
-    """The same for recurrent layers of torch, which compute with a list of their parameters and not with the
-    attributes.
+    """:class:`_WithGates` for recurrent layers of torch.
+
+    Such a layer computes with the list ``_flat_weights`` of its parameters, not with its attributes. So during a call
+    this list holds the products of the parameters and their gates.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's own, with the products in that list; outside of this call, and in other threads, it has the
-        parameters.
+        """The layer's own forward, during which ``_flat_weights`` holds the products of parameters and gates.
+
+        Outside of the call, and in other threads, the list holds the parameters.
         """
         names: list[str] = vars(self)["_flat_weights_names"]
         token = _RUNNING.set((self, recurrent_weights([getattr(self, name) for name in names])))
@@ -267,7 +270,7 @@ class _RecurrentWithGates(_WithGates):
 
     @property
     def _flat_weights(self) -> Any:
-        """The list with which torch computes."""
+        """The list of weights with which torch computes: products during a call, else the parameters."""
         module, products = _RUNNING.get()
         return products if module is self else vars(self)["_flat_weights"]
 
@@ -280,7 +283,7 @@ class _RecurrentWithGates(_WithGates):
         return False
 
     def _init_flat_weights(self) -> None:
-        """Make the list of the parameters themselves."""
+        """Fill the list ``_flat_weights`` with the parameters themselves."""
         held: Any = vars(self)
         held["_flat_weights"] = [held["_parameters"].get(name) for name in held["_flat_weights_names"]]
         held["_flat_weight_refs"] = [None] * len(held["_flat_weights"])

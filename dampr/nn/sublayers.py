@@ -25,7 +25,7 @@ class BySublayers(nn.Module):
 
     @property
     def _sublayers(self) -> tuple[str, ...]:
-        """The first part of each sublayer, in order."""
+        """The name of the first module of each sublayer, in order: the attentions, then "linear1"."""
         return (*self._attentions, "linear1")
 
     def _sum(self, index: int, x: Tensor, branch: Callable[[], Tensor]) -> Tensor:

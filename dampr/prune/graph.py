@@ -54,7 +54,7 @@ class Member:
         return self.module, self.writes
 
     def of(self, classes: set[int]) -> list[int]:
-        """Its channels that belong to these classes."""
+        """The indices of this side's channels that belong to ``classes``."""
         return [channel for channel, one in zip(self.channels, self.classes, strict=True) if one in classes]
 
 

@@ -280,7 +280,10 @@ class Plan:
         return smaller
 
     def _change(self, optimizer: Optimizers, ema: Copies) -> bool:
-        """Do what is due at this step. Returns whether the model has become smaller."""
+        """Put gates in, step the budget, remove closed units or compact the model, whichever is due at this step.
+
+        Returns whether the size of the model has changed.
+        """
         if self._budget is None:
             if self.steps_taken == self._end - self._length:
                 self._begin(ema)

@@ -66,8 +66,8 @@ class Attention(_OfAttention, Counted):
         yield Term(name, Width(1), heads, (uses - projections) / layer.num_heads)
 
     def params(self, name: str, layer: Any, widths: LayerWidths, own: int, counted: set[Any]) -> Iterator[Term]:
-        """The projections have one dimension proportional to the heads and one proportional to the width around the
-        attention.
+        """Two dimensions of a projection's weight shrink: one with the number of heads, the other with the width that
+        the attention reads and writes.
         """
         heads, width = widths.heads(layer), widths.width(layer, False)
         in_weights = layer.in_proj_weight, layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight

@@ -225,7 +225,7 @@ class PerChannel(Kind):
         return {name: places for name, places in super().tensors(layer, entry).items() if hasattr(layer, name)}
 
     def params(self, name: str, layer: Any, widths: LayerWidths, own: int, counted: set[Any]) -> Iterator[Term]:
-        """Its parameters are proportional to its channels."""
+        """One term: the number of parameters is proportional to the number of channels."""
         yield Term(name, Width(1), widths.width(layer, True), own / self.width(layer, True))
 
 

@@ -89,7 +89,9 @@ class Depthwise(Passing, Convolution):
         return dict.fromkeys(("out_channels", "in_channels", "groups"), entry["out"]["before"])
 
     def macs(self, name: str, layer: Any, widths: LayerWidths, uses: int, projections: int) -> Iterator[Term]:
-        """They are proportional to the channels, since each output reads one channel alone."""
+        """One term, proportional to the number of channels, because each output channel reads one input channel
+        alone.
+        """
         if uses:
             yield Term(name, Width(1), widths.width(layer, True), uses * layer.weight[0].numel())
 

@@ -40,7 +40,7 @@ class Embedding(Kind):
         layer.num_embeddings, layer.embedding_dim = shape
 
     def params(self, name: str, layer: Any, widths: LayerWidths, own: int, counted: set[Any]) -> Iterator[Term]:
-        """Rows times channels that are left; a weight that another layer shares counts once."""
+        """One term: all rows times the channels that are left. A weight that several layers share counts once."""
         yield Term(name, Width(layer.num_embeddings), widths.width(layer, True), layer.weight not in counted)
         counted.add(layer.weight)
 

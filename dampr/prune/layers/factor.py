@@ -36,7 +36,7 @@ class Scale(Passing):
         return {"scale": 0} if writes else {}
 
     def params(self, name: str, layer: Any, widths: LayerWidths, own: int, counted: set[Any]) -> Iterator[Term]:
-        """Its factors are a buffer, so they are not parameters of the cost."""
+        """As for a layer without a kind: the factors are a buffer, so they do not count as parameters."""
         yield from Kind.params(self, name, layer, widths, own, counted)
 
 

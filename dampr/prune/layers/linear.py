@@ -32,7 +32,9 @@ class Gemm(Counted):
         return True if own == "weight" else None
 
     def params(self, name: str, layer: Any, widths: LayerWidths, own: int, counted: set[Any]) -> Iterator[Term]:
-        """Proportional to what it reads times what it writes; a weight that another layer shares counts once."""
+        """One term, proportional to the number of channels that the layer reads times the number that it writes. A
+        weight that several layers share counts once.
+        """
         yield weight_term(name, layer, widths, layer.weight not in counted, bias=layer.bias is not None)
         counted.add(layer.weight)
 
