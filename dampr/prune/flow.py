@@ -53,15 +53,15 @@ class Flow:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> None:
-        def run(one: nn.Module, given: Any) -> list[Any]:
-            self._start(inputs.counterparts(one, model))
-            return self._run(one, given, whole)
+        def run(running: nn.Module, sample: Any) -> list[Any]:
+            self._start(inputs.counterparts(running, model))
+            return self._run(running, sample, whole)
 
         self._walk(inputs.without_arithmetic(model, example_inputs, run))
 
-    def _start(self, own: dict[Any, Any]) -> None:
+    def _start(self, originals: dict[Any, Any]) -> None:
         """Forget an earlier run. ``own``: module or parameter of the copy that will run -> that of the model."""
-        self._own = own
+        self._original = originals
         self.calls: dict[nn.Module, int] = {}
         # a layer's output node -> the layer, and its input nodes
         self._made: dict[Any, tuple[nn.Module, list[Any]]] = {}
@@ -70,7 +70,7 @@ class Flow:
 
     def _run(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> list[Any]:
         """Run ``model`` and return autograd's nodes of its outputs."""
-        cores = {module for module in model.modules() if self._own.get(module, module) in whole}
+        cores = {module for module in model.modules() if self._original.get(module, module) in whole}
         layers = [m for m in model.modules() if tracing.is_leaf(m) or m in cores]
         handles: list[RemovableHandle] = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in layers]
         handles += [m.register_forward_hook(self._leave) for m in layers]
@@ -94,62 +94,64 @@ class Flow:
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: Any = None) -> None:
         """Forward pre-hook: count the call and note the autograd nodes of what the layer is given."""
-        layer = self._own.get(layer, layer)
+        layer = self._original.get(layer, layer)
         self.calls[layer] = self.calls.get(layer, 0) + 1
         self._given.setdefault(layer, []).append(_graph_nodes((args, kwargs)))
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
         """Forward hook: note the autograd nodes that this layer made, unless they came in as inputs."""
-        layer = self._own.get(layer, layer)
-        given = self._given[layer].pop()
+        layer = self._original.get(layer, layer)
+        input_nodes = self._given[layer].pop()
         is_layer = kind_of(layer).normalises or next(layer.parameters(), next(layer.buffers(), None)) is not None
-        for made in _graph_nodes(output) if is_layer else []:
-            if made not in given:
-                self._made[made] = layer, given
+        for grad_node in _graph_nodes(output) if is_layer else []:
+            if grad_node not in input_nodes:
+                self._made[grad_node] = layer, input_nodes
 
     def _walk(self, results: list[Any]) -> None:
         """Build the graph by walking autograd's nodes backwards from ``results``, the nodes of the outputs."""
-        todo: list[tuple[Any, Node | None]] = [(made, None) for made in results]
+        todo: list[tuple[Any, Node | None]] = [(grad_node, None) for grad_node in results]
         seen: set[Any] = set()
         while todo:
-            made, reader = todo.pop()
-            node = self._node(made)
+            grad_node, reader = todo.pop()
+            node = self._node(grad_node)
             if reader is None:
                 node.returned = True
             elif not any(reader is other for other in node.outputs):
                 node.outputs.append(reader)
                 reader.inputs.append(node)
-            if made not in seen:
-                seen.add(made)
+            if grad_node not in seen:
+                seen.add(grad_node)
                 before = (
-                    self._made[made][1] if made in self._made else [f for f, _ in made.next_functions if f is not None]
+                    self._made[grad_node][1]
+                    if grad_node in self._made
+                    else [f for f, _ in grad_node.next_functions if f is not None]
                 )
-                todo += [(one, node) for one in before]
+                todo += [(previous, node) for previous in before]
         for node in self._nodes.values():
             node.inputs.reverse()  # a stack gives the last first
             node.outputs.reverse()
 
-    def _node(self, made: Any) -> Node:
+    def _node(self, grad_node: Any) -> Node:
         """The node of what autograd's node ``made`` belongs to: a layer, a parameter, or the operation itself."""
-        variable = getattr(made, "variable", made)
-        key = self._made[made][0] if made in self._made else self._own.get(variable, variable)
+        variable = getattr(grad_node, "variable", grad_node)
+        key = self._made[grad_node][0] if grad_node in self._made else self._original.get(variable, variable)
         if key not in self._nodes:
             known = isinstance(key, (nn.Module, Tensor))
-            self._nodes[key] = Node(key, "") if known else Node(None, type(made).__name__)
+            self._nodes[key] = Node(key, "") if known else Node(None, type(grad_node).__name__)
         return self._nodes[key]
 
     def neighbours(self, layer: Any, after: Callable[[Node], list[Node]]) -> list[Node]:
         """The first layers and bare parameters on each way from ``layer``, where ``after`` gives the next nodes."""
-        found: dict[Node, None] = {}
+        reached: dict[Node, None] = {}
         todo, seen = list(after(self[layer])), set()
         while todo:
             node = todo.pop()
             if node.module is not None:
-                found[node] = None
+                reached[node] = None
             elif node not in seen:
                 seen.add(node)
                 todo.extend(after(node))
-        return list(found)
+        return list(reached)
 
 
 def _graph_nodes(values: Any) -> list[Any]:

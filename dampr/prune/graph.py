@@ -55,7 +55,7 @@ class Member:
 
     def of(self, classes: set[int]) -> list[int]:
         """The indices of this side's channels that belong to ``classes``."""
-        return [channel for channel, one in zip(self.channels, self.classes, strict=True) if one in classes]
+        return [channel for channel, class_id in zip(self.channels, self.classes, strict=True) if class_id in classes]
 
 
 class TracingError(RuntimeError):
@@ -103,11 +103,11 @@ class Widths:
             self._paths[module] = f"{name}.0." if two else f"{name}." if name else ""
         modules = {path: module for module, path in self._paths.items()}
         for alias, name in self.units.alias.items():
-            path, _, own = alias.rpartition(".")
+            path, _, attribute = alias.rpartition(".")
             path = path.partition("parametrizations.")[0].rstrip(".")
             owner = modules.get(f"{path}." if path else "")
             if owner is not None:
-                self._owners[name].append((owner, own))
+                self._owners[name].append((owner, attribute))
 
     def called(self) -> list[nn.Module]:
         """The modules without children, and attention, in the order in which they were first called."""
@@ -154,8 +154,8 @@ class Widths:
         None in the list stands for the model's output.
         """
         end = Node(nn.Identity(), "")
-        found = self._flow.neighbours(layer, lambda node: [*node.outputs, *[end] * node.returned])
-        return [None if node is end else node.module for node in found]
+        nodes = self._flow.neighbours(layer, lambda node: [*node.outputs, *[end] * node.returned])
+        return [None if node is end else node.module for node in nodes]
 
     def norm_after(self, module: nn.Module) -> nn.Module | None:
         """The BatchNorm or :class:`Scale` that is the only reader of ``module`` and has its channels, if both are
@@ -179,7 +179,7 @@ class Widths:
         and called once.
         """
         norms: list[Any] = []
-        alone = True
+        no_others = True
         todo, seen = list(self._flow[layer].outputs), set()
         while todo:
             node = todo.pop()
@@ -190,12 +190,12 @@ class Widths:
             kind = kind_of(module)
             if kind.batch_statistics:
                 norms.append(module)
-                alone &= kind.width(module, True) == channel_count(layer, True) and self._calls(module) == 1
+                no_others &= kind.width(module, True) == channel_count(layer, True) and self._calls(module) == 1
             elif kind.reads or node.returned:
-                alone = False
+                no_others = False
             else:
                 todo.extend(node.outputs)
-        return [norm for norm in self._names if norm in norms], alone
+        return [norm for norm in self._names if norm in norms], no_others
 
     def layer_before(self, norm: nn.Module) -> nn.Module | None:
         """The linear or convolution layer whose outputs the BatchNorm ``norm`` alone reads; None without one."""
@@ -208,19 +208,19 @@ class Widths:
 
         The list is empty if anything else reads them too.
         """
-        found: list[Any] = []
+        readers: list[Any] = []
         todo = list(self._flow[norm].outputs) if norm in self else []
         while todo:
             node = todo.pop()
             if kind_of(node.module).gemm:
                 if getattr(node.module, "groups", 1) != 1 or channel_count(node.module, False) != norm.num_features:
                     return []
-                found.append(node.module)
+                readers.append(node.module)
             elif len(node.inputs) != 1 or node.returned:
                 return []
             else:
                 todo.extend(node.outputs)
-        return found
+        return readers
 
     def around(self, norm: nn.Module) -> list[Side]:
         """The sides of layers where a channel that is 0 after ``norm`` can be cut.
@@ -241,14 +241,14 @@ class Widths:
         """
         layers = [module for module in self._names if kind_of(module).gemm and module in self]
         ends = {layer: self._product_after(layer) for layer in layers}
-        found: list[tuple[int, nn.Module, nn.Module]] = []
+        pairs: list[tuple[int, nn.Module, nn.Module]] = []
         for layer, (product, steps, keeps_zero) in ends.items():
             others = [
                 other for other in layers if other is not layer and product is not None and ends[other][0] is product
             ]
             if keeps_zero and len(others) == 1 and others[0] in self.written_together(layer):
-                found.append((steps, layer, others[0]))
-        return {layer: other for _, layer, other in sorted(found, key=lambda item: item[0])}
+                pairs.append((steps, layer, others[0]))
+        return {layer: other for _, layer, other in sorted(pairs, key=lambda item: item[0])}
 
     def _product_after(self, layer: nn.Module) -> tuple[Node | None, int, bool]:
         """The product of two tensors that is the only reader of ``layer``, over a chain of operations with one input.
@@ -280,7 +280,7 @@ class Widths:
         there is none.
         """
         path = self._paths.get(layer, "")
-        places = ((path + own, dim) for own, dim in kind_of(layer).places(layer, writes))
+        places = ((path + attribute, dim) for attribute, dim in kind_of(layer).places(layer, writes))
         return next((place for place in places if place[0] in self.units.alias and self.units.classes(*place)), None)
 
     def written_together(self, layer: nn.Module) -> list[nn.Module]:
@@ -289,9 +289,9 @@ class Widths:
 
         ``layer`` is among them; they are in the order of the model.
         """
-        own = self.classes(layer, True)
-        found = [m for m in self._names if own and kind_of(m).shares_gates and self.classes(m, True) == own]
-        return found if layer in found else [layer]
+        classes = self.classes(layer, True)
+        layers = [m for m in self._names if classes and kind_of(m).shares_gates and self.classes(m, True) == classes]
+        return layers if layer in layers else [layer]
 
     def why_not(self, layer: nn.Module) -> str | None:
         """Why the channels that ``layer`` writes get no gates; None if they can have some.
@@ -303,8 +303,10 @@ class Widths:
             members = self.members(layer, True)
         except CannotCutError as error:
             return str(error)
-        own = self.classes(layer, True)
-        other = next((m.module for m in members if m.writes and not m.passes and self.classes(*m.side) != own), None)
+        classes = self.classes(layer, True)
+        other = next(
+            (m.module for m in members if m.writes and not m.passes and self.classes(*m.side) != classes), None
+        )
         return (
             None
             if other is None
@@ -336,18 +338,18 @@ class Widths:
         Raises: CannotCutError if a parameter outside of layers has some.
         """
         if wanted not in self._sides:
-            found: dict[tuple[nn.Module, bool], Member] = {}
+            members: dict[tuple[nn.Module, bool], Member] = {}
             for name, dim in self.units.places(wanted):
                 if name not in self._owners:
                     raise CannotCutError(f"{name!r} shares its width, and cannot be cut yet")
-                for module, own in self._owners[name]:
-                    side = self._side(module, own, dim)
-                    if side is not None and (module, side) not in found:
+                for module, attribute in self._owners[name]:
+                    side = self._side(module, attribute, dim)
+                    if side is not None and (module, side) not in members:
                         labels = self.units.classes(name, dim)
-                        channels = [i for i, one in enumerate(labels) if one in wanted]
+                        channels = [i for i, class_id in enumerate(labels) if class_id in wanted]
                         own_classes = [labels[i] for i in channels]
-                        found[module, side] = Member(module, side, channels, own_classes, kind_of(module).passes)
-            self._sides[wanted] = list(found.values())
+                        members[module, side] = Member(module, side, channels, own_classes, kind_of(module).passes)
+            self._sides[wanted] = list(members.values())
         return self._sides[wanted]
 
     def _reason(self, layer: nn.Module, writes: bool) -> str | None:
@@ -373,7 +375,7 @@ class Widths:
         with inputs.quiet(self.traced, self._inputs):
             return trace_units(self.traced, self._inputs, training=(False,))
 
-    def _side(self, module: nn.Module, own: str, dim: int) -> bool | None:
+    def _side(self, module: nn.Module, attribute: str, dim: int) -> bool | None:
         """Which side of ``module`` dimension ``dim`` of its parameter ``own`` is.
 
         Returns: True for what the layer writes, False for what it reads, None if another parameter decides.
@@ -385,7 +387,7 @@ class Widths:
         if module in self._cores:
             raise CannotCutError(f"{called} shares its width, and cannot be cut yet")
         try:
-            writes = kind.side(module, own, dim)
+            writes = kind.side(module, attribute, dim)
         except CannotCutError as error:
             raise CannotCutError(str(error).format(layer=called)) from None
         if self._calls(module) != 1 and not kind.passes:
@@ -413,10 +415,10 @@ class Widths:
         """
         shut, used = set[tuple[int, bool]](), set[tuple[int, bool]]()
         for m in self.members(layer, writes):
-            own = closed.get(m.side, set())
-            for channel, one in zip(m.channels, m.classes, strict=True) if not m.passes else ():
-                (shut if channel in own else used).add((one, m.writes))
-        gone = {one for one, _ in shut - used}
+            closed_channels = closed.get(m.side, set())
+            for channel, class_id in zip(m.channels, m.classes, strict=True) if not m.passes else ():
+                (shut if channel in closed_channels else used).add((class_id, m.writes))
+        gone = {class_id for class_id, _ in shut - used}
         return gone.intersection(self.classes(layer, writes))
 
     def last(self, sides: Iterable[Side], gone: set[int]) -> set[int]:
@@ -424,5 +426,5 @@ class Widths:
 
         For each side whose classes are all in ``gone``, this is its lowest class.
         """
-        found = (set(self.classes(*side)) for side in sides)
-        return {min(own) for own in found if own and own <= gone}
+        classes_of_sides = (set(self.classes(*side)) for side in sides)
+        return {min(classes) for classes in classes_of_sides if classes and classes <= gone}

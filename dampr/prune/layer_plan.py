@@ -156,13 +156,13 @@ def place(
     wanted = {n: layer for n, layer in chosen.items() if not kind_of(layer).attends and n not in plan.heads}
     reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
     free = {n: chosen[n] for n, reason in reasons.items() if reason is None and not kind_of(chosen[n]).recurrent}
-    found: dict[str, str | None] = {}
+    tried: dict[str, str | None] = {}
     if sight is not None:
-        found = {n: sight.why_not(m, n) for n, m in free.items() if second_opinion.unreached(n, m, sight.units) is None}
-    plan.skipped = {n: reason for n, reason in (reasons | found).items() if reason}
+        tried = {n: sight.why_not(m, n) for n, m in free.items() if second_opinion.unreached(n, m, sight.units) is None}
+    plan.skipped = {n: reason for n, reason in (reasons | tried).items() if reason}
     judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
     whole = {n for n in judged if n not in wanted or kind_of(judged[n]).recurrent}
-    known = {n for n, reason in found.items() if reason == ""}
+    known = {n for n, reason in tried.items() if reason == ""}
     plan.skipped |= second_opinion.refused(widths.traced, widths.units, judged, example_inputs, whole, known)
     for name, layer in chosen.items():
         if name in plan.skipped:
@@ -177,8 +177,8 @@ def place(
             if place != places[0]:
                 plan.shared_with[place] = places[0]
         if places != [name]:
-            own = sum(p.numel() for p in layer.parameters(recurse=False)) / channel_count(layer, True)
-            plan.weights_per_gate[places[0]] = own + 2
+            weights_per_channel = sum(p.numel() for p in layer.parameters(recurse=False)) / channel_count(layer, True)
+            plan.weights_per_gate[places[0]] = weights_per_channel + 2
     if tie:
         for layer, place in gates.items():
             together = (
@@ -201,10 +201,10 @@ def place_streams(
     plain = plain_copy(model, example_inputs) if any(of_kind(model, GatedLayer)) else model
     names = {module: name for name, module in reversed(list(plain.named_modules(remove_duplicate=False)))}
     owners = transformer.owners(model)
-    found, why = streams.find(
+    found_streams, refused = streams.find(
         plain, plan.widths if plain is model and plan.widths else graph.Widths(plain, example_inputs)
     )
-    for stream in found:
+    for stream in found_streams:
         places = {names[norm]: model.get_submodule(names[norm]) for norm in stream.norms}
         first, *others = places
         gated = [name for name, norm in places.items() if isinstance(norm, GatedLayer)]
@@ -221,7 +221,7 @@ def place_streams(
             )
         reason = reason or streams.why_not(plain, stream, example_inputs)
         if reason is not None:
-            why |= dict.fromkeys(stream.norms, reason)
+            refused |= dict.fromkeys(stream.norms, reason)
             continue
         plan.layers |= places
         plan.shared_with |= dict.fromkeys(others, first)
@@ -232,7 +232,7 @@ def place_streams(
         plan.skipped |= dict.fromkeys(
             written, f"its outputs are the residual stream, whose gates are in {first!r} and its other norms"
         )
-    plan.skipped |= {names[norm]: f"{NO_GATES}{reason}" for norm, reason in why.items()}
+    plan.skipped |= {names[norm]: f"{NO_GATES}{reason}" for norm, reason in refused.items()}
 
 
 def _why_not(layer: Any, widths: graph.Widths, tie: bool, model: nn.Module, example_inputs: Any) -> str | None:
@@ -262,11 +262,11 @@ def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, st
     The gates of the first layer close the channels of both.
     """
     names = {layer: name for name, layer in chosen.items()}
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for layer, factor in widths.multiplied.items():
-        if layer in names and factor in names and names[layer] not in found:
-            found[names[factor]] = f"its outputs only multiply those of {names[layer]!r}, whose gates close both"
-    return found
+        if layer in names and factor in names and names[layer] not in reasons:
+            reasons[names[factor]] = f"its outputs only multiply those of {names[layer]!r}, whose gates close both"
+    return reasons
 
 
 def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
@@ -290,8 +290,8 @@ def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> Non
         gated = model.get_submodule(name)
         before = plan.widths.layer_before(gated) if kind_of(gated).batch_statistics else gated
         together = plan.widths.written_together(before or gated)
-        for place, own in list(plan.layers.items()):
-            if (plan.widths.layer_before(own) if kind_of(own).batch_statistics else own) in together:
+        for place, planned in list(plan.layers.items()):
+            if (plan.widths.layer_before(planned) if kind_of(planned).batch_statistics else planned) in together:
                 del plan.layers[place]
                 plan.shared_with.pop(place, None)
                 plan.weights_per_gate.pop(place, None)
@@ -308,12 +308,12 @@ def idle(plan: LayerPlan) -> dict[str, str]:
     vectors = defaultdict[str, list[str]](list)
     for name in plan.layers:
         vectors[plan.shared_with.get(name, name)].append(name)
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for names in vectors.values():
         layers = [plan.layers[name] for name in names]
         if all(kind_of(layer).batch_statistics and not plan.widths.around(layer) for layer in layers):
-            found |= dict.fromkeys(names, "no layer alone writes or reads what this norm gates")
-    return found
+            reasons |= dict.fromkeys(names, "no layer alone writes or reads what this norm gates")
+    return reasons
 
 
 def leave_out_shared(plan: LayerPlan, model: nn.Module, units: Units, exclude: Filter) -> None:
@@ -338,8 +338,8 @@ def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], 
         elif kind_of(layer).gates_units:
             whole.append(name)
         else:
-            named = [f"{name}.{own}".lstrip(".") for own in ("weight", "running_mean")]
-            weight = next((own for own in named if own in units.alias), None)
+            named = [f"{name}.{attribute}".lstrip(".") for attribute in ("weight", "running_mean")]
+            weight = next((attribute for attribute in named if attribute in units.alias), None)
             if weight is not None:
                 classes[name] = units.classes(weight, kind_of(layer).weight_dim(True))
     return classes, whole
@@ -355,8 +355,8 @@ def share_of_layers(units: Units, plan: LayerPlan) -> float:
 def _recurrent_classes(units: Units, plan: LayerPlan) -> Iterator[int]:
     """The classes that the gates of recurrent layers close: those of the outputs of each layer and direction."""
     for name, layer in plan.layers.items():
-        for own in unit_columns(layer) if kind_of(layer).recurrent else ():
-            if (full := f"{name}.{own}".lstrip(".")) in units.alias:
+        for attribute in unit_columns(layer) if kind_of(layer).recurrent else ():
+            if (full := f"{name}.{attribute}".lstrip(".")) in units.alias:
                 yield from units.classes(full, 1)
 
 
@@ -369,17 +369,19 @@ def multiplies_beside(units: Units, plan: LayerPlan, model: nn.Module) -> bool:
     classes = set(itertools.chain.from_iterable(gated.values()))
     counted = {layer for _, layer, _ in counted_in(model)}
     beside = [
-        p for p in units.products if not is_inside(p.module, whole) and model.get_submodule(p.module) not in counted
+        product
+        for product in units.products
+        if not is_inside(product.module, whole) and model.get_submodule(product.module) not in counted
     ]
-    return any(not classes.isdisjoint(units.label[line].tolist()) for p in beside for line in p.factors)
+    return any(not classes.isdisjoint(units.label[factor].tolist()) for product in beside for factor in product.factors)
 
 
 def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
     """Add to ``plan.skipped`` the reasons that the units of the model give, ``why``: layer -> reason."""
     # UNSAID says only that no step gave a reason, so it adds nothing.
     said = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}
-    both = {name: f"{said[name]}; as a layer, {r}" for name, r in plan.skipped.items() if said.get(name, r) != r}
-    plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | both
+    combined = {name: f"{said[name]}; as a layer, {r}" for name, r in plan.skipped.items() if said.get(name, r) != r}
+    plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | combined
 
 
 def name_others(plan: LayerPlan, model: nn.Module, sight: Sight, include: Filter, exclude: Filter) -> None:

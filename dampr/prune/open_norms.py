@@ -49,15 +49,15 @@ class OpenNorm:
         """The statistics over open units for a module of this kind; ``index`` is the gate of each element, as in
         ``gate``.
         """
-        own: dict[str, Any] = {"centred": self.centred, "correction": self.correction, "offset": self.offset}
+        options: dict[str, Any] = {"centred": self.centred, "correction": self.correction, "offset": self.offset}
         if self.weight is not None:
-            return OpenWeight(gate, index, self.dim, **own, **self.weight)
-        return OpenStatistics(gate, index, self.dim, whole=self.whole, **own)
+            return OpenWeight(gate, index, self.dim, **options, **self.weight)
+        return OpenStatistics(gate, index, self.dim, whole=self.whole, **options)
 
     def without(self, classes: Collection[int], device: Any) -> OpenStatistics:
         """The statistics without these classes."""
         gone = set(classes)
-        values = torch.tensor([float(one not in gone) for one in self.classes], device=device)
+        values = torch.tensor([float(class_id not in gone) for class_id in self.classes], device=device)
         return self.statistics(Fixed(values), torch.arange(len(values), device=device))
 
 
@@ -82,7 +82,7 @@ def find(model: nn.Module, units: Units, example_inputs: Any, *, streams: bool =
             lines[name].add(tuple(units.label[line].tolist()))
     names = [name for name in {**lines, **weights} if len([*lines[name], *weights[name]]) == 1]
     calls = _calls(model, names, example_inputs) if names else {}
-    found = {}
+    norms = {}
     for name in names:
         layer, norm = model.get_submodule(name), None
         if name in calls and lines[name]:
@@ -92,23 +92,23 @@ def find(model: nn.Module, units: Units, example_inputs: Any, *, streams: bool =
             norm = None if dim is None else _of_input(layer, labels, dim, calls[name][0])
         elif name in calls:
             ((full, dim),) = weights[name]
-            owner, _, own = full.rpartition(".")
+            owner, _, attribute = full.rpartition(".")
             about = tuple(units.classes(full, dim)), dim, calls[name][0]
-            norm = _of_weight(layer, own, *about) if owner == name else _of_input(layer, *about)
+            norm = _of_weight(layer, attribute, *about) if owner == name else _of_input(layer, *about)
         if norm is not None:
-            found[name] = _exact(layer, name, norm, units, calls[name][0][0][0])
-    return found
+            norms[name] = _exact(layer, name, norm, units, calls[name][0][0][0])
+    return norms
 
 
-def _columns(model: nn.Module, units: Units, name: str, line: Ints) -> tuple[str, int] | None:
+def _columns(model: nn.Module, units: Units, name: str, counted: Ints) -> tuple[str, int] | None:
     """(parameter, dimension) whose columns a statistic over the units ``line`` counts in module ``name``: a parameter
     of it, or the one that it parametrizes. None if it counts none of these.
     """
     owner = name.rpartition(".")[0] if ".parametrizations." in name else name
-    for own, _ in model.get_submodule(owner).named_parameters(recurse=False):
-        full = f"{owner}.{own}"
+    for attribute, _ in model.get_submodule(owner).named_parameters(recurse=False):
+        full = f"{owner}.{attribute}"
         for dim, first, size in units.origin[units.alias[full]] if full in units.alias else ():
-            if units.is_column(full, dim) and ((line >= first) & (line < first + size)).any():
+            if units.is_column(full, dim) and ((counted >= first) & (counted < first + size)).any():
                 return full, dim
     return None
 
@@ -172,8 +172,8 @@ def _of_weight(
     choices = [(dim,), tuple(every[1:]), tuple(every)]
     shapes = [[1 if d in over else n for d, n in enumerate(weight.shape)] for over in choices]
     centred = [over for over, shape in zip(choices, shapes, strict=True) if _ignores(weight, shape, run)]
-    own = {"owned": owned, "over": centred[0] if centred else choices[1], "channels": 1 if weight.dim() > 2 else -1}
-    return OpenNorm(classes, dim, bool(centred), weight=own)
+    options = {"owned": owned, "over": centred[0] if centred else choices[1], "channels": 1 if weight.dim() > 2 else -1}
+    return OpenNorm(classes, dim, bool(centred), weight=options)
 
 
 @torch.no_grad()
@@ -207,19 +207,19 @@ def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor)
     run alone.
     """
     gone = sorted(set(norm.classes).difference(units.fixed))[1::2]
-    left = torch.tensor([at for at, one in enumerate(norm.classes) if one not in gone]).to(x.device)
+    kept = torch.tensor([at for at, class_id in enumerate(norm.classes) if class_id not in gone]).to(x.device)
     reads = norm.dim if norm.weight is None else norm.weight["channels"]
     try:
-        wide, x = copy.deepcopy(inputs.as_trained(layer, None, sure=True)).double(), x.double()
-        norm = replace(norm, offset=_offset(wide, x, reads))
-        expected = _cut_alone(copy.deepcopy(wide), name, units, gone)(x.index_select(reads, left))
+        whole, x = copy.deepcopy(inputs.as_trained(layer, None, sure=True)).double(), x.double()
+        norm = replace(norm, offset=_offset(whole, x, reads))
+        expected = _cut_alone(copy.deepcopy(whole), name, units, gone)(x.index_select(reads, kept))
         gaps: dict[int | None, float] = {}
         for correction in (0, 1, None):
-            masked = copy.deepcopy(wide)
+            masked = copy.deepcopy(whole)
             put_on(masked, replace(norm, correction=correction).without(gone, x.device))
-            found = masked(x)
-            found = found.index_select(reads, left) if norm.weight is None else found
-            gaps[correction] = inputs.gap([expected], [found])
+            outputs = masked(x)
+            outputs = outputs.index_select(reads, kept) if norm.weight is None else outputs
+            gaps[correction] = inputs.gap([expected], [outputs])
     except Exception:  # it keeps a number of its own, say; trials of the whole model decide
         return norm
     return replace(norm, correction=min(gaps, key=lambda correction: gaps[correction]))
@@ -228,7 +228,9 @@ def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor)
 def _offset(layer: nn.Module, x: Tensor, channels: int) -> str:
     """The name of the parameter that the layer adds at the end: its output for zeros; "bias" if none is seen."""
     added = layer(torch.zeros_like(x)).movedim(channels, -1).flatten(0, -2)[0]
-    names = (own for own, p in layer.named_parameters() if p.shape == added.shape and torch.allclose(p, added))
+    names = (
+        parameter for parameter, p in layer.named_parameters() if p.shape == added.shape and torch.allclose(p, added)
+    )
     return next(names, "bias")
 
 
@@ -236,11 +238,13 @@ def _cut_alone(layer: nn.Module, name: str, units: Units, classes: Iterable[int]
     """A layer of this name without the units of ``classes``; changed in place."""
     gone = units.indices(classes)
     tables: tuple[dict[str, Any], ...] = layer._parameters, layer._buffers
-    for held, own in ((table, own) for table in tables for own, t in table.items() if t is not None):
-        for dim, indices in gone.get(units.alias.get(f"{name}.{own}", ""), {}).items():
-            left = torch.tensor([at for at in range(held[own].shape[dim]) if at not in indices])
-            values = held[own].index_select(dim, left.to(held[own].device))
-            held[own] = nn.Parameter(values) if isinstance(held[own], nn.Parameter) else values
+    for tensors, attribute in (
+        (table, attribute) for table in tables for attribute, t in table.items() if t is not None
+    ):
+        for dim, indices in gone.get(units.alias.get(f"{name}.{attribute}", ""), {}).items():
+            kept = torch.tensor([at for at in range(tensors[attribute].shape[dim]) if at not in indices])
+            values = tensors[attribute].index_select(dim, kept.to(tensors[attribute].device))
+            tensors[attribute] = nn.Parameter(values) if isinstance(tensors[attribute], nn.Parameter) else values
     kind_of(layer).follow(layer)
     return layer
 
@@ -256,7 +260,9 @@ def close(model: nn.Module, norms: Mapping[str, OpenNorm], classes: Collection[i
 
 def in_one_vector(norms: Mapping[str, OpenNorm], vectors: Iterable[Iterable[int]]) -> dict[str, OpenNorm]:
     """The norms whose classes with gates all belong to one gate vector; ``vectors`` are the classes of each."""
-    number = {one: at for at, vector in enumerate(vectors) for one in vector}
+    number = {class_id: at for at, vector in enumerate(vectors) for class_id in vector}
     return {
-        name: norm for name, norm in norms.items() if len({number[one] for one in norm.classes if one in number}) == 1
+        name: norm
+        for name, norm in norms.items()
+        if len({number[class_id] for class_id in norm.classes if class_id in number}) == 1
     }

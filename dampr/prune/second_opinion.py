@@ -37,7 +37,7 @@ def refused(
 
     Returns: name of a refused layer -> the reason, in words.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     free: dict[str, tuple[str, int]] = {}  # layers for the third check -> (parameter, dimension) of their channels
     written: dict[str, set[int]] = {}  # layer -> the classes of its output channels
     protected = unseen.protected(units, dict(model.named_parameters()))
@@ -50,11 +50,13 @@ def refused(
             if reason is None and name not in known:
                 free[name] = side
         elif reason is None and kind_of(layer).recurrent:
-            reason = _why(protected, units, [(f"{name}.{own}".lstrip("."), 1) for own in unit_columns(layer)])
+            reason = _why(
+                protected, units, [(f"{name}.{attribute}".lstrip("."), 1) for attribute in unit_columns(layer)]
+            )
         if reason is not None:
-            found[name] = reason
-    left = {name: classes for name, classes in written.items() if name not in found}
-    return found | _followed(model, units, free, example_inputs) | _added(model, units, left, example_inputs)
+            reasons[name] = reason
+    kept = {name: classes for name, classes in written.items() if name not in reasons}
+    return reasons | _followed(model, units, free, example_inputs) | _added(model, units, kept, example_inputs)
 
 
 def _why(protected: dict[int, str], units: Units, sides: Iterable[tuple[str, int]]) -> str | None:
@@ -66,7 +68,7 @@ def _why(protected: dict[int, str], units: Units, sides: Iterable[tuple[str, int
         sides: pairs (parameter, dimension) of the channels that a layer writes.
     """
     known = (units.classes(name, dim) for name, dim in sides if name in units.alias)
-    return next((protected[one] for classes in known for one in classes if one in protected), None)
+    return next((protected[class_id] for classes in known for class_id in classes if class_id in protected), None)
 
 
 def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example_inputs: Any) -> dict[str, str]:
@@ -75,15 +77,15 @@ def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example
     This happens after an exp, for example. ``written``: name -> the classes that the layer writes.
     """
     summed = set(units.label[units.summed].tolist())
-    classes = {one for own in written.values() for one in own if one in summed}
+    classes = {class_id for layer_classes in written.values() for class_id in layer_classes if class_id in summed}
     if not classes:
         return {}
     try:
-        found = added(model, units, classes, example_inputs)
+        nonzero = added(model, units, classes, example_inputs)
     except Exception:  # a model that cannot be copied, or that needs some of its values
         return {}
     reason = "its closed channels would not be 0 where activations are added up or multiplied with each other"
-    return {name: reason for name, own in written.items() if not own.isdisjoint(found)}
+    return {name: reason for name, layer_classes in written.items() if not layer_classes.isdisjoint(nonzero)}
 
 
 def _written(name: str, layer: nn.Module) -> tuple[str, int] | None:
@@ -97,8 +99,8 @@ def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
     """Why the example inputs do not reach a layer in evaluation, where results are compared; None if they do."""
     prefix = f"{name}." if name else ""
     modes: set[bool] = set()
-    for own, _ in layer.named_parameters():
-        modes |= units.reached.get(units.alias.get(prefix + own, ""), set())
+    for attribute, _ in layer.named_parameters():
+        modes |= units.reached.get(units.alias.get(prefix + attribute, ""), set())
     if False in modes:
         return None
     if modes:
@@ -114,15 +116,15 @@ def _followed(model: nn.Module, units: Units, free: dict[str, tuple[str, int]], 
     copy does not run or computes another function. ``free``: name -> (parameter, dimension) of the channels that the
     layer writes. Returns {} for a model that cannot be copied.
     """
-    wanted = {one for side in free.values() for one in units.classes(*side)}
+    wanted = {class_id for side in free.values() for class_id in units.classes(*side)}
     clusters = [cluster for cluster in units.clusters if wanted & set(cluster)]
     try:
         differs = retrace(model, units, example_inputs, clusters)
     except Exception:  # a model that cannot be copied, which convert alone does not have to
         return {}
-    found = {}
+    reasons = {}
     for name, side in free.items():
-        reason = next((differs[one].text for one in units.classes(*side) if one in differs), None)
+        reason = next((differs[class_id].text for class_id in units.classes(*side) if class_id in differs), None)
         if reason is not None:
-            found[name] = reason
-    return found
+            reasons[name] = reason
+    return reasons

@@ -50,7 +50,7 @@ class Sight:
             return None
         if units.is_column(weight, dim):
             return "other code reads its weight too, so gates on its outputs would not reach that"
-        tied = next((m.name for one in classes for m in units.members[one] if m.name in self.tied), None)
+        tied = next((m.name for class_id in classes for m in units.members[class_id] if m.name in self.tied), None)
         if tied is not None:
             return f"several modules have {tied!r}, which has its width"
         if (counted := self._counted(classes)) is not None:
@@ -87,7 +87,7 @@ class Sight:
 
     def _counted(self, classes: set[int]) -> str | None:
         """Why code beside the layers needs the width of ``classes``; None if none is known to."""
-        places = {(m.name, m.dim) for one in classes for m in self.units.members[one]}
+        places = {(m.name, m.dim) for class_id in classes for m in self.units.members[class_id]}
         code = next(
             (size for size in self.placement.read if (self.units.alias[size.parameter], size.dim) in places), None
         )
@@ -99,7 +99,9 @@ class Sight:
 
     def _refused(self, classes: Iterable[int]) -> str | None:
         """Why one of ``classes`` was refused when it was tried; None if none was."""
-        return next((self.placement.refused[one] for one in classes if one in self.placement.refused), None)
+        return next(
+            (self.placement.refused[class_id] for class_id in classes if class_id in self.placement.refused), None
+        )
 
 
 class SightWarning(RuntimeWarning):
@@ -184,4 +186,4 @@ def _tied(model: nn.Module, units: Units) -> set[str]:
     owners: dict[str, set[nn.Module]] = {}
     for alias, name in units.alias.items():
         owners.setdefault(name, set()).add(model.get_submodule(alias.rpartition(".")[0]))
-    return {name for name, found in owners.items() if len(found) > 1}
+    return {name for name, modules in owners.items() if len(modules) > 1}

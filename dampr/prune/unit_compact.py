@@ -49,20 +49,22 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     sizes = [Size(*entry) for entry in getattr(model, "dampr_sizes", [])]
     before = {name: tuple(t.shape) for name, t in _tensors(small).items()}
     cut(small, structure.units, classes)
-    made = follow(small, sizes, structure.units.indices(classes))
+    changed = follow(small, sizes, structure.units.indices(classes))
     for name, module in small.named_modules():
-        had: Any = model.get_submodule(name)
+        original: Any = model.get_submodule(name)
         if isinstance(module, nn.modules.conv._ConvNd) and (
-            module.groups != had.groups or f"{name}.weight" in structure.units.within
+            module.groups != original.groups or f"{name}.weight" in structure.units.within
         ):
-            made[name] = {own: getattr(module, own) for own in ("groups", "in_channels", "out_channels")}
+            changed[name] = {
+                attribute: getattr(module, attribute) for attribute in ("groups", "in_channels", "out_channels")
+            }
     follow_inputs(small, example_inputs)
-    left = _left(structure, classes, before)
-    kept = _sides(small, left)
+    remaining = _left(structure, classes, before)
+    kept = _sides(small, remaining)
     names = {module: name for name, module in small.named_modules()}
     layers: dict[str, dict[str, Any]] = {}
     for (layer, writes), indices in kept.items():
-        entry = left[f"{names[layer]}.weight".lstrip(".")][kind_of(layer).weight_dim(writes)]
+        entry = remaining[f"{names[layer]}.weight".lstrip(".")][kind_of(layer).weight_dim(writes)]
         layers.setdefault(names[layer], {})["out" if writes else "in"] = {
             "before": entry["before"],
             "kept": indices.tolist(),
@@ -71,16 +73,16 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
         "dampr": __version__,
         "torch": torch.__version__,
         "layers": layers,
-        "tensors": {name: {str(dim): entry for dim, entry in dims.items()} for name, dims in left.items()},
+        "tensors": {name: {str(dim): entry for dim, entry in dims.items()} for name, dims in remaining.items()},
         "sizes": {
             name: {
                 attribute: {"before": number_of(model.get_submodule(name), attribute), "kept": value}
-                for attribute, value in own.items()
+                for attribute, value in attributes.items()
             }
-            for name, own in made.items()
+            for name, attributes in changed.items()
         },
         "closed_but_kept": notes,
-        "counting": [name for name, own in structure.counted.items() if not set(own).isdisjoint(classes)],
+        "counting": [name for name, counted in structure.counted.items() if not set(counted).isdisjoint(classes)],
     }
     return small, kept, manifest
 
@@ -100,13 +102,17 @@ def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dic
     gone = closed.clone()
     useful = set(structure.gate_of.values())
     for gate, (row,) in zip(structure.holders, structure.widths(), strict=True):
-        own = [i for i in row if closed[i] and i in useful]
-        left = -(-max(1, len(row) - len(own)) // round_to) * round_to
-        stay = min(len(own), left - (len(row) - len(own)))
-        for i in own[:stay]:
+        closed_gates = [i for i in row if closed[i] and i in useful]
+        kept_count = -(-max(1, len(row) - len(closed_gates)) // round_to) * round_to
+        stay = min(len(closed_gates), kept_count - (len(row) - len(closed_gates)))
+        for i in closed_gates[:stay]:
             gone[i] = False
         if stay:
-            why = "every layer keeps one at least" if len(own) == len(row) else f"the width is a multiple of {round_to}"
+            why = (
+                "every layer keeps one at least"
+                if len(closed_gates) == len(row)
+                else f"the width is a multiple of {round_to}"
+            )
             notes[gate] = f"{stay} closed unit{'s stay' if stay > 1 else ' stays'}: {why}"
     return gone
 
@@ -126,21 +132,21 @@ def _left(
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in structure.units.alias.items():
         names[name].append(alias)
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    entries: dict[str, dict[int, dict[str, Any]]] = {}
     for name, dims in structure.units.indices(classes).items():
         entry = {}
         for dim, gone in dims.items():
             lost, size = set(gone), before[name][dim]
             entry[dim] = {"before": size, "kept": [i for i in range(size) if i not in lost]}
-        found |= dict.fromkeys(names[name], entry)
-    return found
+        entries |= dict.fromkeys(names[name], entry)
+    return entries
 
 
-def _sides(small: nn.Module, left: dict[str, dict[int, dict[str, Any]]]) -> Kept:
+def _sides(small: nn.Module, remaining: dict[str, dict[int, dict[str, Any]]]) -> Kept:
     """The channels that are left of layers with a weight: (layer, whether it writes them) -> indices."""
     kept: Kept = {}
     for name, module in small.named_modules():
-        for dim, entry in left.get(f"{name}.weight".lstrip("."), {}).items():
+        for dim, entry in remaining.get(f"{name}.weight".lstrip("."), {}).items():
             for writes in (True, False):
                 if dim == kind_of(module).weight_dim(writes) and dim < 2:
                     kept[module, writes] = torch.tensor(entry["kept"])
@@ -169,16 +175,22 @@ def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
     """
     sizes = manifest.get("sizes", {}) if isinstance(manifest, dict) else {}
     entries = list(sizes.values()) if isinstance(sizes, dict) else [None]
-    if not all(isinstance(own, dict) and all(isinstance(entry, dict) for entry in own.values()) for own in entries):
+    if not all(
+        isinstance(attributes, dict) and all(isinstance(entry, dict) for entry in attributes.values())
+        for attributes in entries
+    ):
         raise ValueError(
             f"manifest: sizes={sizes!r:.80}, expected numbers by the names of modules and their attributes"
         )
-    found = {name: {attribute: entry.get("before") for attribute, entry in own.items()} for name, own in sizes.items()}
-    for own in found.values():
-        for attribute, value in own.items():
+    values_before = {
+        name: {attribute: entry.get("before") for attribute, entry in attributes.items()}
+        for name, attributes in sizes.items()
+    }
+    for attributes in values_before.values():
+        for attribute, value in attributes.items():
             if type(value) is not int or not 0 < value < 2**31 or not re.fullmatch(r"[^\W\d_]\w*(\.\d)?", attribute):
                 raise ValueError(f"manifest: sizes: {attribute!r}={value!r:.40}, expected a number of channels before")
-    return found
+    return values_before
 
 
 def restore_sizes(model: nn.Module, manifest: dict[str, Any]) -> None:
@@ -186,8 +198,8 @@ def restore_sizes(model: nn.Module, manifest: dict[str, Any]) -> None:
 
     Raises: ValueError if the manifest's entries are not what compaction writes, or name what ``model`` does not have.
     """
-    for name, own in sizes_of(manifest).items():
-        for attribute, value in own.items():
+    for name, attributes in sizes_of(manifest).items():
+        for attribute, value in attributes.items():
             try:
                 module = model.get_submodule(name)
             except AttributeError:

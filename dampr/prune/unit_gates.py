@@ -57,7 +57,7 @@ class Placement:
 
     def classes(self) -> list[int]:
         """All classes that get a gate."""
-        return [one for group in self.groups for one in group.classes]
+        return [class_id for group in self.groups for class_id in group.classes]
 
 
 def place(
@@ -76,8 +76,8 @@ def place(
     subject = Subject(trained, units, example_inputs, norms or {})
     parameters = dict(model.named_parameters(remove_duplicate=False))
     protected = unseen.protected(units, dict(model.named_parameters())) | _staying(model, units)
-    found = groups(units, [one for one in readable(units, parameters) if one not in protected])
-    clusters = _clusters(units, [one for group in found for one in group.classes])
+    candidates = groups(units, [class_id for class_id in readable(units, parameters) if class_id not in protected])
+    clusters = _clusters(units, [class_id for group in candidates for class_id in group.classes])
     try:
         search = _Search(subject, clusters)
         kept, sizes = search.together()
@@ -85,9 +85,15 @@ def place(
         search = _Search(subject, clusters, by_values=True)
         kept, sizes = search.together()
     refused = protected | search.refused
-    vectors = [group for group in found if kept.issuperset(group.classes)]
+    vectors = [group for group in candidates if kept.issuperset(group.classes)]
     usable = in_one_vector(subject.norms, (group.classes for group in vectors))
-    bad = {one for name, norm in subject.norms.items() if name not in usable for one in norm.classes if one in kept}
+    bad = {
+        class_id
+        for name, norm in subject.norms.items()
+        if name not in usable
+        for class_id in norm.classes
+        if class_id in kept
+    }
     refused |= dict.fromkeys(bad, "one norm counts it together with units of other widths")
     vectors = [group for group in vectors if bad.isdisjoint(group.classes)]
     norms = in_one_vector(usable, (group.classes for group in vectors))
@@ -119,28 +125,30 @@ class _Search:
         kind = functools.partial(_kind, subject.units)
         todo = [clusters] if clusters else []
         while todo:
-            some = todo.pop()
-            if self._passes(some) or len(some) == 1:
+            subset = todo.pop()
+            if self._passes(subset) or len(subset) == 1:
                 continue
-            if len({kind(cluster) for cluster in some}) > 1:
-                todo += [list(alike) for _, alike in itertools.groupby(sorted(some, key=kind), key=kind)]
+            if len({kind(cluster) for cluster in subset}) > 1:
+                todo += [list(alike) for _, alike in itertools.groupby(sorted(subset, key=kind), key=kind)]
                 continue
-            first, *others, last = some
+            first, *others, last = subset
             # if the first and the last cluster of a kind fail, the others fail for the same reason
             if not self._passes([first]) | self._passes([last]):
-                self.refused |= dict.fromkeys((one for cluster in others for one in cluster), self.refused[last[0]])
+                self.refused |= dict.fromkeys(
+                    (class_id for cluster in others for class_id in cluster), self.refused[last[0]]
+                )
             elif others:
                 middle = len(others) // 2
                 todo += [half for half in (others[:middle], others[middle:]) if half]
 
-    def _passes(self, some: list[list[int]]) -> bool:
+    def _passes(self, subset: list[list[int]]) -> bool:
         """Try to cut half of each cluster in ``some`` and record the result; returns whether it works."""
-        reason, follow, needed = self._try(some)
+        reason, follow, needed = self._try(subset)
         if reason is None:
-            self._good.append((some, follow))
+            self._good.append((subset, follow))
             self.read.update(follow if needed else ())
-        elif len(some) == 1:
-            self.refused.update(dict.fromkeys(some[0], reason))
+        elif len(subset) == 1:
+            self.refused.update(dict.fromkeys(subset[0], reason))
         return reason is None
 
     def _try(self, clusters: list[list[int]]) -> tuple[str | None, list[Size], bool]:
@@ -193,17 +201,17 @@ class _Search:
         kept: list[list[int]] = [cluster for clusters, _ in good for cluster in clusters]
         sizes = list(dict.fromkeys(size for _, follow in good for size in follow))
         if not kept or not self._fault(kept, sizes, tried, self._assumed):
-            return {one for cluster in kept for one in cluster}, sizes
+            return {class_id for cluster in kept for class_id in cluster}, sizes
         kept, sizes = [], []
         todo = [([cluster], follow) for clusters, follow in good for cluster in clusters] if len(good) == 1 else good
-        for clusters, follow in sorted(todo, key=lambda one: -sum(map(len, one[0]))):
+        for clusters, follow in sorted(todo, key=lambda entry: -sum(map(len, entry[0]))):
             more = list(dict.fromkeys([*sizes, *follow]))
             reason = self._fault([*kept, *clusters], more, tried)
             if reason:
-                self.refused |= dict.fromkeys((one for cluster in clusters for one in cluster), reason)
+                self.refused |= dict.fromkeys((class_id for cluster in clusters for class_id in cluster), reason)
             else:
                 kept, sizes = [*kept, *clusters], more
-        return {one for cluster in kept for one in cluster}, sizes
+        return {class_id for cluster in kept for class_id in cluster}, sizes
 
     def _fault(self, clusters: list[list[int]], sizes: list[Size], tried: bool, assumed: bool = False) -> str:
         """What goes wrong if half of these clusters are cut; empty if nothing does.
@@ -214,13 +222,13 @@ class _Search:
         reason = "" if tried else Trial(subject, classes).differs(sizes)
         if reason and assumed:
             raise _DeceivedError(reason)
-        found = None if reason else differs(subject.model, subject.units, [subject.example_inputs], classes, sizes)
-        return reason if found is None else found.text
+        difference = None if reason else differs(subject.model, subject.units, [subject.example_inputs], classes, sizes)
+        return reason if difference is None else difference.text
 
 
 def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
     """The sets of attributes that may change with these clusters, in the order in which they are tried."""
-    sizes = followers(subject.model, subject.units, [one for cluster in clusters for one in cluster])
+    sizes = followers(subject.model, subject.units, [class_id for cluster in clusters for class_id in cluster])
     sure = [size for size in sizes if _is_sure(subject.model, size)]
     asked = {*sure, *subject.used(size for size in sizes if size not in sure)}
     sizes = [size for size in sizes if size in asked]
@@ -235,7 +243,7 @@ def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
         ]
         # one or two of the attributes may belong to other widths of the same size
         attributes = list(dict.fromkeys(size.attribute for size in sizes))
-        without: list[set[str]] = [{own} for own in attributes]
+        without: list[set[str]] = [{attribute} for attribute in attributes]
         if len(attributes) <= _FEW:
             without += map(set, itertools.combinations(attributes, 2))
         # where whole heads go, their own width stays
@@ -244,14 +252,16 @@ def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
         ]
         kept = [sizes, heads] if len(heads) < len(sizes) else [sizes]
         kinds += [
-            [size for size in own if size.attribute not in others] for own in kept for others in [set(), *without]
+            [size for size in some_sizes if size.attribute not in left_out]
+            for some_sizes in kept
+            for left_out in [set(), *without]
         ]
     return [chosen for number, chosen in enumerate(kinds) if chosen not in kinds[:number]]
 
 
 def _kind(units: Units, cluster: list[int]) -> str:
     """The names of the parameters of a cluster without numbers, the same for each of a row of repeated blocks."""
-    names = {m.name for one in cluster[:1] for m in units.members[one]}
+    names = {m.name for class_id in cluster[:1] for m in units.members[class_id]}
     return " ".join(sorted({re.sub(r"\d+", "", name) for name in names}))
 
 
@@ -261,11 +271,11 @@ def only(model: nn.Module, units: Units, placement: Placement, include: Filter, 
     A vector stays if the layers that write its classes (as in :func:`wanted`), and the norms over them, are included
     and not excluded.
     """
-    left = set(wanted(model, units, placement.classes(), include, exclude))
+    kept = set(wanted(model, units, placement.classes(), include, exclude))
     for name, norm in placement.norms.items():
         if not filters.wanted(above(model, name), include, exclude):
-            left.difference_update(norm.classes)
-    vectors = [group for group in placement.groups if left.issuperset(group.classes)]
+            kept.difference_update(norm.classes)
+    vectors = [group for group in placement.groups if kept.issuperset(group.classes)]
     norms = in_one_vector(placement.norms, (group.classes for group in vectors))
     return replace(placement, groups=vectors, norms=norms)
 
@@ -273,19 +283,19 @@ def only(model: nn.Module, units: Units, placement: Placement, include: Filter, 
 def _staying(model: nn.Module, units: Units) -> dict[int, str]:
     """class -> why it must not be cut, for widths of which the code of a layer needs every index (``Kind.staying``)."""
     return {
-        one: reason
+        class_id: reason
         for path, layer in model.named_modules()
         for (name, dim), reason in kind_of(layer).staying(layer).items()
-        if (own := units.alias.get(f"{path}.{name}".lstrip("."))) is not None
-        for one in units.classes(own, dim)
+        if (origin := units.alias.get(f"{path}.{name}".lstrip("."))) is not None
+        for class_id in units.classes(origin, dim)
     }
 
 
 def _clusters(units: Units, classes: Iterable[int]) -> list[list[int]]:
     """The clusters of ``units``, restricted to ``classes``; empty ones are left out."""
     kept = set(classes)
-    found = [[one for one in cluster if one in kept] for cluster in units.clusters]
-    return [cluster for cluster in found if cluster]
+    restricted = [[class_id for class_id in cluster if class_id in kept] for cluster in units.clusters]
+    return [cluster for cluster in restricted if cluster]
 
 
 def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
@@ -297,29 +307,29 @@ def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
     """
     doubtful = [size for size in sizes if not _is_sure(trial.model, size)]
     for first in (True, False):  # on one sample first; on all samples if that leaves doubt
-        left = sizes
+        kept = sizes
         for attribute in dict.fromkeys(size.attribute for size in doubtful):
-            others = [size for size in left if size.attribute != attribute or size not in doubtful]
+            others = [size for size in kept if size.attribute != attribute or size not in doubtful]
             if trial.same(others, first):
-                left = others
-        if left == sizes or trial.same(left):
+                kept = others
+        if kept == sizes or trial.same(kept):
             break
-    return left
+    return kept
 
 
 def _is_sure(model: nn.Module, size: Size) -> bool:
     """Whether an attribute surely belongs to a width: it counts heads by its name, or is that of a
     ``torch.nn`` layer.
     """
-    own = type(model.get_submodule(size.module)).__module__.startswith("torch.nn.")
-    return own or bool(re.search("heads$|n_?head$", size.attribute))
+    in_torch = type(model.get_submodule(size.module)).__module__.startswith("torch.nn.")
+    return in_torch or bool(re.search("heads$|n_?head$", size.attribute))
 
 
 def above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     """(name, module) of the module ``name`` and of the modules that contain it, without the model itself."""
     parts = name.split(".") if name else []
-    above = [".".join(parts[:count]) for count in range(len(parts), 0, -1)] or [""]
-    return [(one, model.get_submodule(one)) for one in above]
+    paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)] or [""]
+    return [(path, model.get_submodule(path)) for path in paths]
 
 
 def wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
@@ -337,14 +347,16 @@ def wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, 
         modules = above(model, name.rpartition(".")[0])
         return filters.wanted(modules, include, None), filters.wanted(modules, None, exclude)
 
-    found = []
-    for one in classes:
-        members = [m for m in units.members[one] if units.written[units.first_unit(m.name, m.dim) + m.indices].any()]
-        matrices = [m for m in members if len(units.origin[m.name]) > 1] or members or units.members[one]
+    kept = []
+    for class_id in classes:
+        members = [
+            m for m in units.members[class_id] if units.written[units.first_unit(m.name, m.dim) + m.indices].any()
+        ]
+        matrices = [m for m in members if len(units.origin[m.name]) > 1] or members or units.members[class_id]
         verdicts = [judged(m.name) for m in matrices]
         if any(included for included, _ in verdicts) and all(allowed for _, allowed in verdicts):
-            found.append(one)
-    return found
+            kept.append(class_id)
+    return kept
 
 
 @contextmanager
@@ -364,8 +376,8 @@ def put_in(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied: dict[int, dict[tuple[nn.Module, str], None]] = {}  # the places of each parameter; a module may have two names
     for name, p in parameters.items():
-        path, _, own = name.rpartition(".")
-        tied.setdefault(id(p), {})[model.get_submodule(path), own] = None
+        path, _, attribute = name.rpartition(".")
+        tied.setdefault(id(p), {})[model.get_submodule(path), attribute] = None
     values = {p: p.data for p in parameters.values()}
     done: dict[tuple[nn.Module, str], None] = {}
     counting: list[nn.Module] = []
@@ -374,17 +386,17 @@ def put_in(
             gate = make(len(group.classes))
             saved = _weights_per_class(units, group, parameters)
             for (name, dim), columns in group.columns.items():
-                for later, (module, own) in enumerate(tied[id(parameters[name])]):
+                for later, (module, attribute) in enumerate(tied[id(parameters[name])]):
                     index, device = torch.from_numpy(columns), parameters[name].device
                     gates = GatedParameter(gate, dim, index, weights_per_gate=saved, device=device)
                     # if several parameters share gates, the first one holds what closing a gate saves
                     saved = torch.zeros_like(saved)
-                    done[module, own] = None
-                    put_on(module, own, gates.train(module.training), divided=not later)
-            number = {one: at for at, one in enumerate(group.classes)}
+                    done[module, attribute] = None
+                    put_on(module, attribute, gates.train(module.training), divided=not later)
+            number = {class_id: at for at, class_id in enumerate(group.classes)}
             for name, norm in placement.norms.items():
                 index = torch.tensor(
-                    [number.get(one, -1) for one in norm.classes], device=next(model.parameters()).device
+                    [number.get(class_id, -1) for class_id in norm.classes], device=next(model.parameters()).device
                 )
                 if int(index.max()) >= 0:
                     module = model.get_submodule(name)
@@ -394,9 +406,9 @@ def put_in(
     except BaseException:
         for norm_module in counting:
             open_statistics.take_off(norm_module)
-        for module, own in done:
-            if is_on(module, own):
-                take_off(module, own, folded=False)
+        for module, attribute in done:
+            if is_on(module, attribute):
+                take_off(module, attribute, folded=False)
         for p, value in values.items():
             p.data = value
         raise
@@ -411,7 +423,7 @@ def left_out(
     """
     gated = set(placement.classes() if gated is None else gated)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     with_gates: set[str] = set()  # a layer may have several weights
     for name, origin in units.alias.items():
         if len(units.origin[origin]) < 2 and (name not in parameters or parameters[name].dim() < 2):
@@ -421,14 +433,14 @@ def left_out(
         absent = second_opinion.unreached(owner, model.get_submodule(owner), units)
         written = [units.classes(name, dim) for dim in _written(model, units, name)]
         if absent is not None:
-            found[path] = absent
+            reasons[path] = absent
         elif written and all(gated.isdisjoint(classes) for classes in written):
-            found[path] = str(_known(units, placement, written[0]) or _unreadable(model, units, written[0]) or UNSAID)
+            reasons[path] = str(_known(units, placement, written[0]) or _unreadable(model, units, written[0]) or UNSAID)
         elif written:
             with_gates.add(path)
         elif name in parameters and (reason := _unwritten(model.get_submodule(path), units, placement, gated, origin)):
-            found[path] = reason
-    return {path: reason for path, reason in found.items() if path not in with_gates}
+            reasons[path] = reason
+    return {path: reason for path, reason in reasons.items() if path not in with_gates}
 
 
 def _written(model: nn.Module, units: Units, name: str) -> list[int]:
@@ -436,12 +448,12 @@ def _written(model: nn.Module, units: Units, name: str) -> list[int]:
 
     Of a weight that several layers have, it is the one side that this layer writes.
     """
-    path, _, own = name.rpartition(".")
+    path, _, attribute = name.rpartition(".")
     kind, origin = kind_of(model.get_submodule(path)), units.alias[name]
-    found = [dim for dim, *_ in units.origin[origin] if units.is_row(name, dim)]
-    if own == "weight" and (kind.reads or kind.reads_indices) and list(units.alias.values()).count(origin) > 1:
-        return [dim for dim in found if dim == kind.weight_dim(True)] or found
-    return found
+    dims = [dim for dim, *_ in units.origin[origin] if units.is_row(name, dim)]
+    if attribute == "weight" and (kind.reads or kind.reads_indices) and list(units.alias.values()).count(origin) > 1:
+        return [dim for dim in dims if dim == kind.weight_dim(True)] or dims
+    return dims
 
 
 def _unwritten(layer: nn.Module, units: Units, placement: Placement, gated: set[int], origin: str) -> str | None:
@@ -452,7 +464,7 @@ def _unwritten(layer: nn.Module, units: Units, placement: Placement, gated: set[
         return "it has one channel"
     if any(units.is_column(origin, dim) for dim, *_ in units.origin[origin]):
         return None
-    classes = [one for dim, *_ in units.origin[origin] for one in units.classes(origin, dim)]
+    classes = [class_id for dim, *_ in units.origin[origin] for class_id in units.classes(origin, dim)]
     if not gated.isdisjoint(classes):
         return None
     reason = _known(units, placement, classes)
@@ -461,7 +473,7 @@ def _unwritten(layer: nn.Module, units: Units, placement: Placement, gated: set[
 
 def _known(units: Units, placement: Placement, classes: list[int]) -> Any:
     """The first reason that is known against gates on one of ``classes``; None if none is."""
-    reasons = (placement.refused.get(one) or units.reason(one) for one in classes)
+    reasons = (placement.refused.get(class_id) or units.reason(class_id) for class_id in classes)
     return next((reason for reason in reasons if reason is not None), None)
 
 
@@ -471,7 +483,7 @@ def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | Non
     if not summed.isdisjoint(classes):
         return "a sum reads it that no weight is in"
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, dim, indices in (m for one in classes for m in units.members[one]):
+    for name, dim, indices in (m for class_id in classes for m in units.members[class_id]):
         if name not in parameters and units.columns[units.first_unit(name, dim) + indices].any():
             return f"{name!r} reads it, which can have no gates"
     return None
@@ -480,9 +492,9 @@ def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | Non
 def _weights_per_class(units: Units, group: Group, parameters: dict[str, nn.Parameter]) -> Tensor:
     """The number of parameters that are cut with each class of the group, float32 (classes,)."""
 
-    def own(one: int) -> float:
+    def parameters_cut(class_id: int) -> float:
         """The number of parameters that are cut with one class."""
-        members = [(m, parameters[m.name]) for m in units.members[one] if m.name in parameters]
+        members = [(m, parameters[m.name]) for m in units.members[class_id] if m.name in parameters]
         return float(sum(len(m.indices) * p.numel() / p.shape[m.dim] for m, p in members))
 
-    return torch.tensor([own(one) for one in group.classes])
+    return torch.tensor([parameters_cut(class_id) for class_id in group.classes])

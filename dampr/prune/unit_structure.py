@@ -31,12 +31,12 @@ def has_unit_gates(model: nn.Module) -> bool:
 
     Raises: ValueError if the model has gates on parameters and gated layers.
     """
-    found = {isinstance(module, GatedParameter) for module in of_kind(model, GatedLayer)}
-    if len(found) == 2:
+    on_parameters = {isinstance(module, GatedParameter) for module in of_kind(model, GatedLayer)}
+    if len(on_parameters) == 2:
         raise ValueError(
             f"model={type(model).__name__}: gates on parameters and gated layers, expected one kind (convert it once)"
         )
-    return found == {True}
+    return on_parameters == {True}
 
 
 def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool = False) -> nn.Module:
@@ -44,12 +44,14 @@ def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool 
     plain = inputs.copied(model, example_inputs)
     for _, norm, _ in norms_with_open_statistics(plain):
         open_statistics.take_off(norm)
-    made: dict[nn.Parameter, nn.Parameter] = {}  # keeps tied parameters tied; their gates are the same in all modules
+    replacements: dict[
+        nn.Parameter, nn.Parameter
+    ] = {}  # keeps tied parameters tied; their gates are the same in all modules
     for owner, name in dict.fromkeys((owner, name) for owner, name, _ in gated_parameters(plain)):
         before: Any = owner._parameters[name]
         take_off(owner, name, folded=folded)
         after: Any = owner._parameters[name]
-        owner._parameters[name] = made.setdefault(before, after)
+        owner._parameters[name] = replacements.setdefault(before, after)
     return plain
 
 
@@ -75,15 +77,19 @@ class UnitStructure(GateVector[GatedParameter]):
         self.plain = without_gates(model, example_inputs)
         self.names = {module: name for name, module in self.plain.named_modules()}
         self.units: Units = trace_units(self.plain, example_inputs, within=getattr(model, "dampr_within", []))
-        self.counting = {name: own for name, _, own in norms_with_open_statistics(model)}
+        self.counting = {name: statistics for name, _, statistics in norms_with_open_statistics(model)}
         self.units = self.units.with_open_statistics(self.counting)
         self.counted = {
             name: self.units.label[line].tolist() for name, line in self.units.counted if name in self.counting
         }
-        for name, own in self.counting.items():
-            weight = f"{name}.{own.owned}" if isinstance(own, OpenWeight) else f"{name.rpartition('.')[0]}.original"
-            if isinstance(own, OpenWeight) or ".parametrizations." in name:
-                self.counted[name] = self.units.classes(weight, own.dim)
+        for name, statistics in self.counting.items():
+            weight = (
+                f"{name}.{statistics.owned}"
+                if isinstance(statistics, OpenWeight)
+                else f"{name.rpartition('.')[0]}.original"
+            )
+            if isinstance(statistics, OpenWeight) or ".parametrizations." in name:
+                self.counted[name] = self.units.classes(weight, statistics.dim)
         self.notes: dict[str, str] = {}
         self.gate_of = self._gates_of_classes()
 
@@ -104,47 +110,47 @@ class UnitStructure(GateVector[GatedParameter]):
                 first = units.first_unit(parameter, layer.dim)
             except KeyError:  # a dimension of size 1
                 continue
-            own = number[first : first + len(index)]
-            own[index >= 0] = index[index >= 0] + self.start(name)
+            dim_gates = number[first : first + len(index)]
+            dim_gates[index >= 0] = index[index >= 0] + self.start(name)
         free = set(readable(units, dict(self.plain.named_parameters(remove_duplicate=False))))
-        found: dict[int, int] = {}
+        gate_by_class: dict[int, int] = {}
         columns = np.flatnonzero(units.columns)
         by_class: dict[int, set[int]] = defaultdict(set)
-        for unit, one in zip(columns.tolist(), units.label[columns].tolist(), strict=True):
-            by_class[one].add(int(number[unit]))
-        for one, gates in by_class.items():
-            if len(gates) == 1 and (gate := next(iter(gates))) >= 0 and one in free:
-                found[one] = gate
+        for unit, class_id in zip(columns.tolist(), units.label[columns].tolist(), strict=True):
+            by_class[class_id].add(int(number[unit]))
+        for class_id, gates in by_class.items():
+            if len(gates) == 1 and (gate := next(iter(gates))) >= 0 and class_id in free:
+                gate_by_class[class_id] = gate
         for name, classes in self.counted.items():
             norm = self.counting[name]
             start = next((self.start(holder) for holder in self.holders if self.gated[holder].gate is norm.gate), None)
-            for one, gate in zip(classes, norm.index.tolist(), strict=True):
-                if one in found and (start is None or gate < 0 or found[one] != start + gate):
-                    del found[one]
-        useful = set(found.values())
+            for class_id, gate in zip(classes, norm.index.tolist(), strict=True):
+                if class_id in gate_by_class and (start is None or gate < 0 or gate_by_class[class_id] != start + gate):
+                    del gate_by_class[class_id]
+        useful = set(gate_by_class.values())
         for name in self.holders:
             if useful.isdisjoint(self.rows(name)[0]):
                 self.notes[name] = "on these example inputs its units cannot be cut"
-        return found
+        return gate_by_class
 
     def classes_of(self, closed: Tensor) -> list[int]:
         """The classes whose gates are closed; ``closed``: bool, (all gates,)."""
         shut = closed.tolist()
-        return sorted(one for one, gate in self.gate_of.items() if shut[gate])
+        return sorted(class_id for class_id, gate in self.gate_of.items() if shut[gate])
 
     def norms(self, model: nn.Module) -> Tensor:
         """For each gate the L2 norm of the weights that write its classes: (all gates,), float64 on the host."""
         squares = torch.zeros(self.size, dtype=torch.float64)
-        now = dict(without_gates(model).named_parameters(remove_duplicate=False))
+        parameters = dict(without_gates(model).named_parameters(remove_duplicate=False))
         sums: dict[tuple[str, int], Tensor] = {}
-        for one, gate in self.gate_of.items():
-            for name, dim, indices in self.units.members[one]:
-                here = indices[self.units.written[self.units.first_unit(name, dim) + indices]]
-                if len(here) and name in now and now[name].dim() > 1:
+        for class_id, gate in self.gate_of.items():
+            for name, dim, indices in self.units.members[class_id]:
+                written = indices[self.units.written[self.units.first_unit(name, dim) + indices]]
+                if len(written) and name in parameters and parameters[name].dim() > 1:
                     if (name, dim) not in sums:
-                        weight = now[name].detach().double().cpu()
+                        weight = parameters[name].detach().double().cpu()
                         sums[name, dim] = weight.square().sum([d for d in range(weight.dim()) if d != dim])
-                    squares[gate] += float(sums[name, dim][torch.from_numpy(here)].sum())
+                    squares[gate] += float(sums[name, dim][torch.from_numpy(written)].sum())
         return squares.sqrt()
 
 
@@ -178,21 +184,21 @@ class Counts:
         for number, (row,) in enumerate(structure.widths()):
             self._emptiable[number] = self.gates.issuperset(row)
         self._number = np.full(len(structure.units.label), -1)
-        for one, gate in structure.gate_of.items():
-            self._number[one] = owner[gate]
+        for class_id, gate in structure.gate_of.items():
+            self._number[class_id] = owner[gate]
 
     def __call__(self, gates: Tensor) -> Tensor:
         """The variables, (count,), for ``gates``, (all gates,)."""
-        left = gates.new_zeros(self.count).index_add(
+        counts = gates.new_zeros(self.count).index_add(
             0, self._vector, torch.where(self._useful, gates, gates.new_zeros(()))
         )
-        return left + ((left == 0) & self._emptiable).to(left.dtype)
+        return counts + ((counts == 0) & self._emptiable).to(counts.dtype)
 
-    def of(self, line: Any) -> Width:
+    def of(self, units: Any) -> Width:
         """What is left of the units in ``line``."""
-        numbers = self._number[self._structure.units.label[line]]
-        found = Counter(numbers[numbers >= 0].tolist())
-        return Width(float((numbers < 0).sum()), {n: times / self._size[n] for n, times in found.items()})
+        numbers = self._number[self._structure.units.label[units]]
+        counts = Counter(numbers[numbers >= 0].tolist())
+        return Width(float((numbers < 0).sum()), {n: times / self._size[n] for n, times in counts.items()})
 
     def width(self, layer: nn.Module, writes: bool) -> Width:
         """What the time of a layer depends on: what is left of the channels that it writes (``writes``), or reads; 1 if
@@ -200,10 +206,10 @@ class Counts:
 
         For a recurrent layer, what it writes is the mean of the units of all layers and directions.
         """
-        found = []
-        for own, wanted in kind_of(layer).timed_places(layer, writes):
-            name = f"{self._structure.names[layer]}.{own}".lstrip(".")
+        widths = []
+        for tensor_name, wanted in kind_of(layer).timed_places(layer, writes):
+            name = f"{self._structure.names[layer]}.{tensor_name}".lstrip(".")
             for dim, first, size in self._structure.units.origin.get(self._structure.units.alias.get(name, ""), []):
                 if dim == wanted:
-                    found.append(self.of(np.arange(first, first + size)))
-        return mean_of(found) if found else Width(1)
+                    widths.append(self.of(np.arange(first, first + size)))
+        return mean_of(widths) if widths else Width(1)

@@ -66,8 +66,8 @@ class Subject:
         sizes = list(sizes)
         new = [size for size in sizes if (size.module, size.attribute) not in self._asked]
         for attribute in {size.attribute for size in new}:
-            own = [size for size in new if size.attribute == attribute]
-            self._asked |= dict.fromkeys([(size.module, attribute) for size in own], self.shapes.asks_for(own))
+            alike = [size for size in new if size.attribute == attribute]
+            self._asked |= dict.fromkeys([(size.module, attribute) for size in alike], self.shapes.asks_for(alike))
         return [size for size in sizes if self._asked[size.module, size.attribute]]
 
     def doubt_shapes(self) -> None:
@@ -141,8 +141,8 @@ class Trial:
         self._subject, self.model, self._units, self._classes = subject, subject.model, subject.units, classes
         self._samples = [subject.example_inputs]
         if not quick and any(t.is_floating_point() for t in inputs.tensors(subject.example_inputs)):
-            given = (inputs.perturbed(subject.example_inputs), subject.example_inputs)
-            self._samples += [_scaled(sample, scale) for sample, scale in zip(given, _SCALES, strict=True)]
+            to_scale = (inputs.perturbed(subject.example_inputs), subject.example_inputs)
+            self._samples += [_scaled(sample, scale) for sample, scale in zip(to_scale, _SCALES, strict=True)]
         self._expected: dict[int, list[Tensor]] = {}
         self._small_shapes: inputs.Twins | None = None
         self._fits: dict[tuple[Size, ...], bool] = {}
@@ -203,8 +203,8 @@ class Trial:
         if is_meta(self.model):
             return ""
         key, last = tuple(sizes), 1 if first else len(self._samples)
-        done, said = self._said.get(key, (0, ""))
-        if not said and done < last:
+        done, difference = self._said.get(key, (0, ""))
+        if not difference and done < last:
             self._said[key] = last, self._difference(sizes, range(done, last))
         return self._said[key][1]
 
@@ -221,14 +221,14 @@ class Trial:
                         raise
                     continue  # the model itself refuses inputs that large
                 try:
-                    found = inputs.evaluate(small, self._samples[number])
+                    outputs = inputs.evaluate(small, self._samples[number])
                 except Exception as error:
                     return (
                         "without half of its channels the model does not run, so something beside its layers has "
                         f"that width ({error})"
                     )
                 tolerance = 30 * inputs.TOLERANCE[_precision(expected)]
-                if inputs.differ(expected, found, tolerance, tolerance * inputs.size(expected)):
+                if inputs.differ(expected, outputs, tolerance, tolerance * inputs.size(expected)):
                     return (
                         "without half of its channels the model computes something else, so these are mixed or "
                         "rearranged on the way"
@@ -268,14 +268,14 @@ def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None
     closed: dict[str, list[tuple[int, Any]]] = {}
     for name, dims in units.indices(classes).items():
         for dim, indices in dims.items() if name in parameters else ():
-            own = np.array(indices)
-            here = own[units.columns[units.first_unit(name, dim) + own]]
-            if len(here):
-                closed.setdefault(name, []).append((dim, here))
+            cut_indices = np.array(indices)
+            column_indices = cut_indices[units.columns[units.first_unit(name, dim) + cut_indices]]
+            if len(column_indices):
+                closed.setdefault(name, []).append((dim, column_indices))
     new: dict[int, Tensor] = {}
     for name, places in closed.items():
         values = parameters[name].detach().clone()
-        for dim, here in places:
-            values.index_fill_(dim, torch.from_numpy(here).to(values.device), 0.0)
+        for dim, column_indices in places:
+            values.index_fill_(dim, torch.from_numpy(column_indices).to(values.device), 0.0)
         new[id(parameters[name])] = nn.Parameter(values, requires_grad=parameters[name].requires_grad)
     substitute(model, new)

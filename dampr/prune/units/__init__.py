@@ -10,9 +10,21 @@ which units become one and which cannot be cut. From the ledger follows the part
 A trace is not a proof, so :mod:`.proof` cuts a copy and traces it again, and runs a masked copy to see which values
 closed units have where something reads them. No step looks at the types of modules.
 
-Names in the code of this package and of its callers: a unit and a class are integers; ``one`` is a class where a loop
-or a function takes a single class; ``label[unit]`` is the class of a unit; an ``axis`` (:mod:`.axes`) holds the units
-along the dimensions of a tensor, and ``line(axis)`` is the same units as a vector.
+Names in the code of this package and of its callers:
+
+- unit: an integer from 1 on; 0 means "no unit". Arrays over units have one entry for each, ``(units,)``.
+- class: units that can be cut only together. It is an integer too, the least of its units. ``class_id`` is a class where
+  a loop or a function takes a single one, and ``classes`` are several; neither ever is a Python class. ``label[unit]``
+  is the class of a unit.
+- member: the part of a class in one dimension of one parameter or buffer, ``(name, dim, indices)``.
+- cluster: a list of classes that have units in the same dimension of some tensor, directly or through other classes.
+- axis: an int64 tensor with the rank of some tensor; it holds the unit of each index along the dimensions in which the
+  units change, and has size 1 along all others (:mod:`.axes`). ``line(axis)`` is the same units as a vector.
+- marks: the axes of a tensor, and whether it is a weight (:class:`.ledger.Marks`); None for a constant.
+- call: one call of an operator (:class:`.call.Call`). A rule is a function from a call to the axes of its results.
+- read, written: a weight reads the units of its contracted dimension (its columns) and writes those of the others (its
+  rows).
+- gone: what is cut; kept, remaining: what is not.
 """
 
 from __future__ import annotations
@@ -41,7 +53,7 @@ def trace_units(
     fake: bool | None = None,
     within: Iterable[str] = (),
 ) -> Units:
-    """The units of a model's parameters and buffers, grouped into classes, and which of these may be cut.
+    """Group the units of a model's parameters and buffers into classes, and find which of these may be cut.
 
     The model is run on meta tensors, so nothing is computed. If its control flow asks for a value, it is run on real
     ones. Afterwards its attributes, buffers, modes and the states of random generators are as before, whatever is
@@ -66,14 +78,14 @@ def trace_units(
     samples = [example_inputs, *more_inputs]
     for sample in samples:
         inputs.check(sample)
-    found, key = _known.get(), None
-    if found is not None:
+    traced_before, key = _known.get(), None
+    if traced_before is not None:
         key = _likeness(model), tuple(modes), tuple(map(id, samples)), fake, frozenset(within)
-        if key in found:
-            return found[key]
+        if key in traced_before:
+            return traced_before[key]
     units = _traced(model, samples, modes, fake, within)
-    if found is not None:
-        found[key] = units
+    if traced_before is not None:
+        traced_before[key] = units
     return units
 
 
@@ -95,8 +107,8 @@ def remembering() -> Iterator[None]:
 
 
 def _likeness(model: nn.Module) -> tuple[Any, ...]:
-    """A key that is equal for copies of a model: modules with their plain attributes, tensors with shape, dtype and
-    sharing.
+    """Return a key that is equal for copies of a model: modules with their plain attributes, tensors with shape, dtype
+    and sharing.
     """
     modules = [
         (name, type(module), *((key, value) for key, value in vars(module).items() if type(value) in (int, bool, str)))
@@ -108,7 +120,19 @@ def _likeness(model: nn.Module) -> tuple[Any, ...]:
 
 
 def _traced(model: nn.Module, samples: list[Any], modes: list[bool], fake: bool | None, within: Iterable[str]) -> Units:
-    """Trace the model in every mode and on every sample, and solve the ledger; arguments as in :func:`trace_units`."""
+    """Trace the model in every mode and on every sample, and solve the ledger.
+
+    Args:
+        model: the model.
+        samples: the example inputs, one entry for each run. Products are recorded on the first one alone.
+        modes: the modes (True: training) to run it in.
+        fake, within: as for :func:`trace_units`.
+
+    Returns: the partition into classes. A mode other than the first in which the model raises is left out, and
+    ``failed`` names the error.
+
+    Raises: in the first mode, whatever the model raises.
+    """
     ledger, failed = Ledger.of(model, within), dict[bool, str]()
     for mode in modes:
         mark = ledger.checkpoint()

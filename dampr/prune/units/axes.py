@@ -59,12 +59,12 @@ def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[i
     Returns pairs (dimensions of ``old``, dimensions of ``new``) with equal products, as short as possible. From (4, 6,
     5) to (4, 2, 3, 5): ``[([0], [0]), ([1], [1, 2]), ([2], [3])]``.
     """
-    found: list[tuple[list[int], list[int]]] = []
-    left, right = list(range(len(old))), list(range(len(new)))
-    while left or right:
-        olds, news = left[:1], right[:1]
-        del left[:1], right[:1]
+    matched: list[tuple[list[int], list[int]]] = []
+    old_left, new_left = list(range(len(old))), list(range(len(new)))
+    while old_left or new_left:
+        olds, news = old_left[:1], new_left[:1]
+        del old_left[:1], new_left[:1]
         while (a := math.prod(old[d] for d in olds)) != (b := math.prod(new[d] for d in news)):
-            olds, news = ([*olds, left.pop(0)], news) if a < b else (olds, [*news, right.pop(0)])
-        found.append((olds, news))
-    return found
+            olds, news = ([*olds, old_left.pop(0)], news) if a < b else (olds, [*news, new_left.pop(0)])
+        matched.append((olds, news))
+    return matched

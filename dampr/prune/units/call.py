@@ -60,8 +60,8 @@ class Call:
     @property
     def first(self) -> Tensor:
         """The first output."""
-        found: Tensor = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
-        return found
+        output: Tensor = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
+        return output
 
     def arg(self, name: str, default: Any = None) -> Any:
         """An argument by its name in the operator's schema."""
@@ -154,9 +154,9 @@ class Call:
         """
         for unit, values in self._closed(tensor, axes, dim):
             low, high = float(values.min()), float(values.max())
-            had = self.tracer.alive.get(unit, (low, high))
-            if low or high or had != (low, high):
-                self.tracer.alive[unit] = min(low, had[0]), max(high, had[1])
+            earlier = self.tracer.alive.get(unit, (low, high))
+            if low or high or earlier != (low, high):
+                self.tracer.alive[unit] = min(low, earlier[0]), max(high, earlier[1])
                 self.tracer.added.update([unit] if added else [])
 
     def probe_pair(self, pair: list[tuple[Tensor, Axes, int]]) -> None:
@@ -171,8 +171,8 @@ class Call:
             return
         a, b = (tensor.movedim(dim, -1).flatten(0, -2).any(0) for tensor, _, dim in pair)
         for tensor, axes, dim in pair:
-            there = (a & b).reshape([-1 if at == dim else 1 for at in range(tensor.dim())])
-            self.tracer.added.update(unit for unit, values in self._closed(there, axes, dim) if bool(values))
+            contributes = (a & b).reshape([-1 if at == dim else 1 for at in range(tensor.dim())])
+            self.tracer.added.update(unit for unit, values in self._closed(contributes, axes, dim) if bool(values))
 
     def _closed(self, tensor: Tensor, axes: Axes, dim: int) -> Iterator[tuple[int, Tensor]]:
         """(unit, its values) for every closed unit of the axes that change along ``dim`` alone."""
@@ -181,8 +181,8 @@ class Call:
             if closed is None or varying(axis) != {dim}:
                 continue
             ids = axis.reshape(-1)
-            here = torch.nonzero((ids < len(closed)) & closed[ids.clamp(max=len(closed) - 1)]).reshape(-1)
-            yield from zip(ids[here].tolist(), tensor.index_select(dim, here).unbind(dim), strict=True)
+            positions = torch.nonzero((ids < len(closed)) & closed[ids.clamp(max=len(closed) - 1)]).reshape(-1)
+            yield from zip(ids[positions].tolist(), tensor.index_select(dim, positions).unbind(dim), strict=True)
 
 
 def _user_line(frame: FrameType | None) -> str:

@@ -35,34 +35,36 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
         letters: the dimensions of each factor, a letter for each; a vector of length k is "k".
         result: the dimensions of the result.
     """
-    for tensor, own, other, others in ((a, letters[0], b, letters[1]), (b, letters[1], a, letters[0])):
-        if "k" not in own:
+    for tensor, its_letters, other, other_letters in ((a, letters[0], b, letters[1]), (b, letters[1], a, letters[0])):
+        if "k" not in its_letters:
             continue
         marks, factor = call.of(tensor), call.of(other)
         if marks is not None and factor is not None and factor.weight and not marks.weight:
-            call.probe(tensor, marks.axes, own.index("k"))
-        if marks is not None and factor is None and not call.even(other, {others.index("k")}):
+            call.probe(tensor, marks.axes, its_letters.index("k"))
+        if marks is not None and factor is None and not call.even(other, {other_letters.index("k")}):
             for axis in marks.axes:
-                if axis.shape[own.index("k")] > 1:
-                    call.ledger.keep_along(axis, {own.index("k")}, CONSTANTS, call)
+                if axis.shape[its_letters.index("k")] > 1:
+                    call.ledger.keep_along(axis, {its_letters.index("k")}, CONSTANTS, call)
     if "k" in letters[0] and "k" in letters[1] and not any((m := call.of(t)) is None or m.weight for t in (a, b)):
-        call.probe_pair([(t, call.axes(t), own.index("k")) for t, own in ((a, letters[0]), (b, letters[1]))])
+        call.probe_pair(
+            [(t, call.axes(t), its_letters.index("k")) for t, its_letters in ((a, letters[0]), (b, letters[1]))]
+        )
     order = result + "".join(sorted(set("".join(letters)) - set(result)))
     sizes = {
         letter: 1 if letter == "g" else n
-        for tensor, own in ((a, letters[0]), (b, letters[1]))
-        for letter, n in zip(own, tensor.shape, strict=True)
+        for tensor, its_letters in ((a, letters[0]), (b, letters[1]))
+        for letter, n in zip(its_letters, tensor.shape, strict=True)
     }
     operands = []
     # a vector that a weight is multiplied with is not what reads its units
     both = call.is_weight(a) and call.is_weight(b)
-    for tensor, own in ((a, letters[0]), (b, letters[1])):
+    for tensor, its_letters in ((a, letters[0]), (b, letters[1])):
         marks = call.of(tensor)
         if marks is not None:
-            axes = [_in_order(axis, own, order) for axis in _picked(call, marks.axes, own)]
+            axes = [_in_order(axis, its_letters, order) for axis in _picked(call, marks.axes, its_letters)]
             if marks.weight and not (both and tensor.dim() == 1):
                 _note_sides(call, axes, len(result))
-            operands.append((Marks(axes), [sizes[letter] if letter in own else 1 for letter in order]))
+            operands.append((Marks(axes), [sizes[letter] if letter in its_letters else 1 for letter in order]))
     met = call.ledger.meet([sizes[letter] for letter in order], operands, call)
     zero = any(call.of(t) is None and call.tracer.is_zero(t) for t in (a, b))
     weighed = any((marks := call.of(t)) is not None and marks.weight for t in (a, b))
@@ -71,38 +73,40 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
     if kind == "noted":
         call.ledger.norm_of([marks.axes for marks, _ in operands], contracted, call)
     alone = [all(a is b or not varying(a) & varying(b) for b in met) for a in met]
-    overlapping = [axis for axis, own in zip(met, alone, strict=True) if not own]
-    call.count(math.prod(sizes.values()), [axis for axis, own in zip(met, alone, strict=True) if own], overlapping)
+    overlapping = [axis for axis, is_alone in zip(met, alone, strict=True) if not is_alone]
+    call.count(
+        math.prod(sizes.values()), [axis for axis, is_alone in zip(met, alone, strict=True) if is_alone], overlapping
+    )
     return call.ledger.reduce(met, contracted, False, kind, call)
 
 
-def _picked(call: Call, axes: Axes, own: str) -> Axes:
+def _picked(call: Call, axes: Axes, letters: str) -> Axes:
     """The axes without dimension "g" of ``own``, along which data picks; units that change along it are fixed."""
-    if "g" not in own:
+    if "g" not in letters:
         return axes
-    at = own.index("g")
+    at = letters.index("g")
     lost = [axis for axis in axes if at in varying(axis)]
     call.ledger.fix(lost, call.why("picked", "data decides which of them is used"))
     return moving(first_along(axis, [at]) for axis in axes)
 
 
-def _in_order(axis: Tensor, own: str, order: str) -> Tensor:
+def _in_order(axis: Tensor, letters: str, order: str) -> Tensor:
     """An axis with dimensions ``own`` as an axis with dimensions ``order``; of size 1 along letters that are not in
     ``own``.
     """
-    moved = axis.permute(sorted(range(len(own)), key=lambda i: order.index(own[i])))
+    moved = axis.permute(sorted(range(len(letters)), key=lambda i: order.index(letters[i])))
     sizes = iter(moved.shape)
-    return moved.reshape([next(sizes) if letter in own else 1 for letter in order])
+    return moved.reshape([next(sizes) if letter in letters else 1 for letter in order])
 
 
-def _note_sides(call: Call, axes: Axes, left: int) -> None:
+def _note_sides(call: Call, axes: Axes, result_rank: int) -> None:
     """Record what a weight reads (units along contracted dimensions, which are columns) and what it writes (all
     others).
 
     The first ``left`` dimensions of the axes are those of the result; the contracted ones follow.
     """
     for axis in axes:
-        if any(dim >= left for dim in varying(axis)):
+        if any(dim >= result_rank for dim in varying(axis)):
             call.ledger.read.append(line(axis))
             call.ledger.columns.append(line(axis))
         else:
@@ -123,8 +127,8 @@ def _letters(a: Tensor, b: Tensor) -> tuple[tuple[str, str], str]:
     """((letters of a, letters of b), letters of the result) of a matrix product of tensors with one to three
     dimensions.
     """
-    left, right = {1: "k", 2: "mk", 3: "bmk"}[a.dim()], {1: "k", 2: "kn", 3: "bkn"}[b.dim()]
-    return (left, right), "".join(dict.fromkeys(left + right)).replace("k", "")
+    a_letters, b_letters = {1: "k", 2: "mk", 3: "bmk"}[a.dim()], {1: "k", 2: "kn", 3: "bkn"}[b.dim()]
+    return (a_letters, b_letters), "".join(dict.fromkeys(a_letters + b_letters)).replace("k", "")
 
 
 @rules.rule("mm bmm mv dot vdot matmul _sparse_mm")
@@ -250,13 +254,13 @@ def _convolution_backward(call: Call) -> Axes | tuple[Axes, ...]:
 def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed: bool) -> Axes:
     """The axes of a convolution of ``tensor`` with ``weight``, the first result of ``call``."""
     groups, rank, out = call.arg("groups", 1), tensor.dim(), call.first
-    read, made = _weight_sides(call, weight, transposed)
+    read, written = _weight_sides(call, weight, transposed)
     batch, channels = _image_axes(call, tensor)
     width, samples = tensor.shape[1], 1
-    if groups > 1 and _differs_by_sample(call, weight, channels, width, read if transposed else made, groups):
+    if groups > 1 and _differs_by_sample(call, weight, channels, width, read if transposed else written, groups):
         samples, groups, width = groups, 1, width // groups
-        once = [units[: len(units) // samples] for units in (read if transposed else made)]
-        read, made = (once, made) if transposed else (read, once)
+        of_one_group = [units[: len(units) // samples] for units in (read if transposed else written)]
+        read, written = (of_one_group, written) if transposed else (read, of_one_group)
         channels = [axis.narrow(1, 0, width) if axis.shape[1] > 1 else axis for axis in channels]
     if call.of(tensor) is None and not call.even(tensor, {1}):
         call.ledger.fix(read, call.why("constants", "it reads constants"))
@@ -267,18 +271,20 @@ def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed
         call.ledger.read += columns
         call.ledger.columns += columns
         # each row of a transposed weight in groups is what a whole group reads and writes
-        call.ledger.written += [units.numpy() for units in (made if groups == 1 or not transposed or within else read)]
-    of_sides = [*read, *made] if groups == 1 or within else read if transposed else made
+        call.ledger.written += [
+            units.numpy() for units in (written if groups == 1 or not transposed or within else read)
+        ]
+    of_sides = [*read, *written] if groups == 1 or within else read if transposed else written
     if groups > 1 and not of_sides:  # the weight has no units: a filter that code makes for every channel
         of_sides = channels
     call.count((tensor if transposed else out)[:, 0].numel() * weight.numel(), [*of_sides, *batch])
     if groups == 1:
         _read_all(call, [tensor.shape[0], width, *tensor.shape[2:]], call.of(tensor) is not None, channels, read)
     elif within:
-        made = _read_within_groups(call, tensor, channels, read, made, groups, transposed)
+        written = _read_within_groups(call, tensor, channels, read, written, groups, transposed)
     else:
-        made = _read_in_groups(call, tensor, channels, read, made, groups, transposed)
-    axes = moving([along(units.repeat(samples), 1, rank) for units in made])
+        written = _read_in_groups(call, tensor, channels, read, written, groups, transposed)
+    axes = moving([along(units.repeat(samples), 1, rank) for units in written])
     if call.of(bias) is not None:
         rules.write(call, [bias])
         shape = [1, out.shape[1]] + [1] * (rank - 2)
@@ -367,7 +373,7 @@ def _within(call: Call, weight: Tensor) -> bool:
 
 
 def _read_within_groups(
-    call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool
+    call: Call, tensor: Tensor, channels: Axes, read: Axes, written: Axes, groups: int, transposed: bool
 ) -> Axes:
     """Record that channels in the same place of every group are one unit, where they are read and where they are
     written.
@@ -379,7 +385,7 @@ def _read_within_groups(
     """
     ledger, width, rank = call.ledger, tensor.shape[1], tensor.dim()
     # ``first``: units of the weight's dimension that runs over all groups; ``last``: of the one that holds one group
-    first, last = (read, made) if transposed else (made, read)
+    first, last = (read, written) if transposed else (written, read)
     for units in first:
         rows = units.reshape(groups, -1)
         ledger.unite(rows, rows[:1], call)
@@ -391,11 +397,11 @@ def _read_within_groups(
             ledger.fix(units, call.why("constants", "its groups read data that has no channels of its own"))
     for axis in channels if not lines else ():
         ledger.fix(axis, call.why("mixed", "it lies within a group of a convolution"))
-    return [units.repeat(groups) for units in made] if transposed else made
+    return [units.repeat(groups) for units in written] if transposed else written
 
 
 def _read_in_groups(
-    call: Call, tensor: Tensor, channels: Axes, read: Axes, made: Axes, groups: int, transposed: bool
+    call: Call, tensor: Tensor, channels: Axes, read: Axes, written: Axes, groups: int, transposed: bool
 ) -> Axes:
     """Record that a group goes as a whole: all channels that it reads and all that it writes are one unit.
 
@@ -406,8 +412,8 @@ def _read_in_groups(
     ledger, within = call.ledger, call.why("split", "it lies within a group of a convolution")
     block = ledger.fresh(groups, 1)
     for axis in channels:
-        wide = axis.expand([axis.shape[0], tensor.shape[1], *axis.shape[2:]])
-        split = wide.reshape([wide.shape[0], groups, -1, *wide.shape[2:]])
+        full = axis.expand([axis.shape[0], tensor.shape[1], *axis.shape[2:]])
+        split = full.reshape([full.shape[0], groups, -1, *full.shape[2:]])
         ledger.unite(along(block.reshape(-1), 1, split.dim()), split, call)
     if call.of(tensor) is not None and not channels:
         ledger.fix(block, call.why("constants", "its groups read data that has no channels of its own"))
@@ -417,9 +423,9 @@ def _read_in_groups(
         else:
             ledger.fix(units, within)
     if transposed:
-        for units in made:
+        for units in written:
             ledger.fix(units, within)
-        made = [ledger.fresh(call.first.shape[1])]
-    for units in made:
+        written = [ledger.fresh(call.first.shape[1])]
+    for units in written:
         ledger.unite(block, units.reshape(groups, -1), call)
-    return made or [block.expand(groups, call.first.shape[1] // groups).reshape(-1)]
+    return written or [block.expand(groups, call.first.shape[1] // groups).reshape(-1)]

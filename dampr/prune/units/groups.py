@@ -46,9 +46,9 @@ def readable(units: Units, parameters: Iterable[str]) -> list[int]:
     read = np.zeros(len(units.label), bool)
     for name, dims in units.origin.items():
         for _, first, size in dims:
-            line = slice(first, first + size)
-            (read if name in known else elsewhere)[units.label[line][units.columns[line]]] = True
-    return [one for one in units.free if read[one] and not elsewhere[one]]
+            span = slice(first, first + size)
+            (read if name in known else elsewhere)[units.label[span][units.columns[span]]] = True
+    return [class_id for class_id in units.free if read[class_id] and not elsewhere[class_id]]
 
 
 def groups(units: Units, classes: Iterable[int]) -> list[Group]:
@@ -64,27 +64,27 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
     """
     kinds = _kinds(units)
     alike: dict[int, list[int]] = defaultdict(list)
-    for one in classes:
-        alike[int(kinds[one])].append(one)
+    for class_id in classes:
+        alike[int(kinds[class_id])].append(class_id)
     sizes = {(name, dim): size for name, dims in units.origin.items() for dim, _, size in dims}
-    found = []
-    for own in alike.values():
-        if len(own) < 2:
+    result = []
+    for group_classes in alike.values():
+        if len(group_classes) < 2:
             continue
-        own = sorted(own)
+        group_classes = sorted(group_classes)
         # all classes of a group lie in the same dimensions, so those of its first class are those of all
-        places = [(member.name, member.dim) for member in units.members[own[0]]]
+        places = [(member.name, member.dim) for member in units.members[group_classes[0]]]
         number = np.full(len(units.label), -1)  # class -> its place in the group; -1 for classes of other groups
-        number[own] = np.arange(len(own))
+        number[group_classes] = np.arange(len(group_classes))
         columns: dict[Place, Ints] = {}
         for name, dim in places:
             first = units.first_unit(name, dim)
-            line = slice(first, first + sizes[name, dim])
-            gates = np.where(units.columns[line], number[units.label[line]], -1)
+            span = slice(first, first + sizes[name, dim])
+            gates = np.where(units.columns[span], number[units.label[span]], -1)
             if (gates >= 0).any():
                 columns[name, dim] = gates
-        found.append(Group(own, columns))
-    return found
+        result.append(Group(group_classes, columns))
+    return result
 
 
 def _kinds(units: Units) -> Ints:
@@ -96,10 +96,10 @@ def _kinds(units: Units) -> Ints:
     used = 1
     for dims in units.origin.values():
         for _, first, size in dims:
-            here, counts = np.unique(units.label[first : first + size], return_counts=True)
+            classes, counts = np.unique(units.label[first : first + size], return_counts=True)
             # classes that were of one kind stay so if they have equally many indices here
-            pairs, told_apart = np.unique(np.stack((kinds[here], counts)), axis=1, return_inverse=True)
-            kinds[here] = used + told_apart.reshape(-1)
+            pairs, told_apart = np.unique(np.stack((kinds[classes], counts)), axis=1, return_inverse=True)
+            kinds[classes] = used + told_apart.reshape(-1)
             used += pairs.shape[1]
     return kinds
 
@@ -113,14 +113,16 @@ def share_of_macs(units: Units, classes: Iterable[int], modules: Collection[str]
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)
     reached = sum(
-        p.macs for p in units.products if is_inside(p.module, modules) or any(cut[line].any() for line in p.factors)
+        product.macs
+        for product in units.products
+        if is_inside(product.module, modules) or any(cut[factor].any() for factor in product.factors)
     )
     return reached / total if total else 0.0
 
 
 def is_inside(name: str, names: Iterable[str]) -> bool:
     """Whether the module ``name`` is one of ``names`` or inside one of them."""
-    return any(name == one or name.startswith(f"{one}.") for one in names)
+    return any(name == outer or name.startswith(f"{outer}.") for outer in names)
 
 
 def left_at_half(units: Units, classes: Iterable[int]) -> float:
@@ -130,5 +132,8 @@ def left_at_half(units: Units, classes: Iterable[int]) -> float:
     """
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)
-    left = sum(p.macs * math.prod(1 - float(cut[line].mean()) / 2 for line in p.factors) for p in units.products)
-    return left / total if total else 1.0
+    remaining = sum(
+        product.macs * math.prod(1 - float(cut[factor].mean()) / 2 for factor in product.factors)
+        for product in units.products
+    )
+    return remaining / total if total else 1.0

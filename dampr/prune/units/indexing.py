@@ -31,13 +31,13 @@ def _index(call: Call) -> Axes:
         call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
     hit = _indexed(call)
     for axis in call.axes(tensor):
-        picked, line = varying(axis) & hit, first_along(axis, hit)
+        picked, unpicked = varying(axis) & hit, first_along(axis, hit)
         if picked and not varying(axis) - hit:
             call.ledger.fix(axis, call.why("picked", "its channels are picked by an index"))
         elif picked:
-            call.ledger.unite(axis, line, call)
-        if varying(line):
-            out.append(_placed(call, line, hit) if call.name == "index" else line)
+            call.ledger.unite(axis, unpicked, call)
+        if varying(unpicked):
+            out.append(_placed(call, unpicked, hit) if call.name == "index" else unpicked)
     return out
 
 
@@ -49,14 +49,14 @@ def _indexed(call: Call) -> set[int]:
     hit: set[int] = set()
     at = 0
     for index in call.args[1]:
-        many = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        taken = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
         if index is not None:
-            hit |= set(range(at, at + many))
-        at += many
+            hit |= set(range(at, at + taken))
+        at += taken
     return hit
 
 
-def _placed(call: Call, line: Tensor, hit: set[int]) -> Tensor:
+def _placed(call: Call, axis: Tensor, hit: set[int]) -> Tensor:
     """The axis in the shape of the result of ``tensor[indices]``.
 
     Dimensions that come from the indices stand where the first picked dimension was if the picked ones are neighbours,
@@ -67,12 +67,12 @@ def _placed(call: Call, line: Tensor, hit: set[int]) -> Tensor:
         line: the axis at index 0 of every picked dimension.
         hit: the picked dimensions.
     """
-    rest = [d for d in range(line.dim()) if d not in hit]
+    rest = [d for d in range(axis.dim()) if d not in hit]
     new = call.out.dim() - len(rest)
     neighbours = sorted(hit) == list(range(min(hit), max(hit) + 1))
     at = sum(d < min(hit) for d in rest) if neighbours else 0
-    sizes = [line.shape[d] for d in rest]
-    return line.permute(*rest, *sorted(hit)).reshape(sizes[:at] + [1] * new + sizes[at:])
+    sizes = [axis.shape[d] for d in rest]
+    return axis.permute(*rest, *sorted(hit)).reshape(sizes[:at] + [1] * new + sizes[at:])
 
 
 @rules.rule("index_add index_copy index_reduce scatter scatter_add scatter_reduce")
@@ -97,10 +97,10 @@ def _rows(call: Call) -> Axes | tuple[Axes, ...]:
 def _put(call: Call) -> Axes | tuple[Axes, ...]:
     """The rule of ``x[i, :, j] = value``, for whole numbers and masks."""
     hit = _indexed(call)
-    given = [index for index in call.args[1] if index is not None]
-    for index in given:
+    indices = [index for index in call.args[1] if index is not None]
+    for index in indices:
         call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
-    new = max(1 if index.dtype in (torch.bool, torch.uint8) else index.dim() for index in given)
+    new = max(1 if index.dtype in (torch.bool, torch.uint8) else index.dim() for index in indices)
     neighbours = max(hit) - min(hit) + 1 == len(hit)
     return _meet_rows(call, call.args[2], hit, min(hit) if neighbours else 0, new)
 
@@ -132,10 +132,10 @@ def _meet_rows(call: Call, value: Tensor, hit: set[int], at: int, new: int) -> A
     ):
         return rules.opaque(call)
     shape, operands = [1 if d in hit else n for d, n in enumerate(tensor.shape)], []
-    if (own := rules.operand(call, tensor)) is not None:
-        operands.append((own[0], [1 if d in hit else n for d, n in enumerate(own[1])]))
-    if value.dim() and (given := rules.operand(call, value)) is not None:
-        sizes = unpicked([1] * (rank - value.dim()) + given[1])
+    if (tensor_operand := rules.operand(call, tensor)) is not None:
+        operands.append((tensor_operand[0], [1 if d in hit else n for d, n in enumerate(tensor_operand[1])]))
+    if value.dim() and (value_operand := rules.operand(call, value)) is not None:
+        sizes = unpicked([1] * (rank - value.dim()) + value_operand[1])
         operands.append((Marks([axis.reshape(unpicked(axis.shape)) for axis in axes]), sizes))
     met = call.ledger.meet(shape, operands, call)
     ahead = rank - value.dim()
@@ -153,9 +153,9 @@ def _masked_rows(call: Call) -> Axes | tuple[Axes, ...]:
     rows, the call counts as an unknown operator.
     """
     tensor, mask, source = call.args[:3]
-    whole = list(call.out.shape)
+    shape = list(call.out.shape)
     row = 0  # the number of dimensions of a row
-    while row < min(len(whole), source.dim()) and source.shape[-1 - row] == whole[-1 - row]:
+    while row < min(len(shape), source.dim()) and source.shape[-1 - row] == shape[-1 - row]:
         if row < mask.dim() and not call.even(mask, {mask.dim() - 1 - row}):
             break
         row += 1
@@ -163,12 +163,14 @@ def _masked_rows(call: Call) -> Axes | tuple[Axes, ...]:
     if not row or any(dim < ahead for axis in call.axes(source) for dim in varying(axis)):
         return _unknown_if_units(call)
     call.ledger.fix(call.axes(mask), call.why("picked", "its channels are used as an index"))
-    operands = [own] if (own := rules.operand(call, tensor)) is not None else []
-    if (given := rules.operand(call, source)) is not None:
-        operands.append((Marks([axis.reshape(axis.shape[ahead:]) for axis in given[0].axes]), given[1][ahead:]))
-    met = call.ledger.meet(whole, operands, call)
-    rules.meet_constants(call, tensor, met, [d - len(whole) + tensor.dim() for d in range(len(whole))])
-    rules.meet_constants(call, source, met, [d - len(whole) + source.dim() for d in range(len(whole))])
+    operands = [tensor_operand] if (tensor_operand := rules.operand(call, tensor)) is not None else []
+    if (source_operand := rules.operand(call, source)) is not None:
+        operands.append(
+            (Marks([axis.reshape(axis.shape[ahead:]) for axis in source_operand[0].axes]), source_operand[1][ahead:])
+        )
+    met = call.ledger.meet(shape, operands, call)
+    rules.meet_constants(call, tensor, met, [d - len(shape) + tensor.dim() for d in range(len(shape))])
+    rules.meet_constants(call, source, met, [d - len(shape) + source.dim() for d in range(len(shape))])
     return met
 
 

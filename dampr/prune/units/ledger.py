@@ -216,9 +216,14 @@ class Ledger:
 
     def _parts(self) -> list[list[Any]]:
         """All lists of the ledger to which rules append."""
-        own = self.unions, self.blocks, self.fixed, self.statistics, self.splits, self.read, self.written
         return [
-            *own,
+            self.unions,
+            self.blocks,
+            self.fixed,
+            self.statistics,
+            self.splits,
+            self.read,
+            self.written,
             self.normalised,
             self.numbers,
             self.columns,
@@ -288,16 +293,16 @@ class Ledger:
         ]
         out: Axes = []
         for axes, _ in padded:
-            others, own = out, []
+            others, joined = out, []
             for axis in moving(axes):
                 axis, others = self._among(axis, others, call)
-                own.append(axis)
-            out = others + own
-        for at, (axes, _) in enumerate(padded):
+                joined.append(axis)
+            out = others + joined
+        for number, (axes, _) in enumerate(padded):
             for axis in moving(axes):
-                for other, (theirs, size) in enumerate(padded):
+                for other_number, (other_axes, size) in enumerate(padded):
                     dims = {d for d in varying(axis) if size[d] > 1}
-                    if other != at and dims and not any(varying(b) & varying(axis) for b in theirs):
+                    if other_number != number and dims and not any(varying(b) & varying(axis) for b in other_axes):
                         self.keep_along(axis, dims, DATA, call)
         return out
 
@@ -306,23 +311,23 @@ class Ledger:
 
         ``others`` are axes of the other operands.
         """
-        rest, met, own = [], False, axis
+        unmet, has_met, original = [], False, axis
         for other in others:
-            dims, theirs = varying(axis), varying(other)
-            if not dims & theirs or (met and dims == theirs):
-                rest.append(other)
-            elif dims == theirs:
+            axis_dims, other_dims = varying(axis), varying(other)
+            if not axis_dims & other_dims or (has_met and axis_dims == other_dims):
+                unmet.append(other)
+            elif axis_dims == other_dims:
                 self.unite(axis, other, call)
-                axis, met = torch.where(axis == 0, other, axis), True
-            elif dims < theirs:
+                axis, has_met = torch.where(axis == 0, other, axis), True
+            elif axis_dims < other_dims:
                 self.contain(axis, other, call)
                 axis = other
-            elif theirs < dims:
+            elif other_dims < axis_dims:
                 self.contain(other, axis, call)
             else:  # channels of keys beside those of values, in each head
-                self._share(own, other, call)
-                rest.append(other)
-        return axis, rest
+                self._share(original, other, call)
+                unmet.append(other)
+        return axis, unmet
 
     def _share(self, a: Tensor, b: Tensor, call: Where) -> None:
         """Record that two axes change along some of their dimensions together, and along others each alone.
@@ -331,8 +336,8 @@ class Ledger:
         """
         common = sorted(varying(a) & varying(b))
         outer = [self._rows(axis, common) for axis in (a, b)]
-        for one, axis in zip(outer, (a, b), strict=True):
-            self.contain(one, axis, call)
+        for outer_axis, axis in zip(outer, (a, b), strict=True):
+            self.contain(outer_axis, axis, call)
         self.unite(outer[0], outer[1], call)
 
     def lie_beside(self, operands: Sequence[Axes]) -> None:
@@ -352,7 +357,8 @@ class Ledger:
         for axis in (axis for axes in factors for axis in axes if varying(axis) and varying(axis) <= dims):
             lines.setdefault(frozenset(varying(axis)), []).append(line(axis))
         self.normalised += [
-            (own, call.why("statistic", "a norm of the weight counts its channels")) for own in lines.values()
+            (factor_units, call.why("statistic", "a norm of the weight counts its channels"))
+            for factor_units in lines.values()
         ]
 
     def reduce(self, axes: Axes, dims: set[int], keepdim: bool, kind: str, call: Where) -> Axes:
@@ -364,8 +370,8 @@ class Ledger:
         """
         out = []
         for axis in axes:
-            gone, stay = varying(axis) & dims, varying(axis) - dims
-            if gone and not stay:
+            reduced, kept = varying(axis) & dims, varying(axis) - dims
+            if reduced and not kept:
                 if kind == "statistic":
                     self.statistic(axis, call)
                 elif kind == "mixed":
@@ -376,8 +382,8 @@ class Ledger:
                     self.read.append(line(axis))
                     self.summed.append(line(axis))
                 continue
-            if gone:
-                outer = self._rows(axis, sorted(stay))
+            if reduced:
+                outer = self._rows(axis, sorted(kept))
                 self.contain(outer, axis, call)
                 if kind not in ("sum", "weighed"):
                     self.unite(outer, axis, call)
@@ -385,8 +391,8 @@ class Ledger:
             out.append(axis)
         if keepdim or not out:
             return out
-        left = [d for d in range(out[0].dim()) if d not in dims]
-        return [axis.reshape([axis.shape[d] for d in left]) for axis in out]
+        kept_dims = [d for d in range(out[0].dim()) if d not in dims]
+        return [axis.reshape([axis.shape[d] for d in kept_dims]) for axis in out]
 
     def _rows(self, axis: Tensor, stay: list[int]) -> Tensor:
         """An axis over the dimensions ``stay``, with one fresh unit for each distinct set of units that ``axis`` has at
@@ -429,10 +435,10 @@ def line(axis: Tensor) -> Ints:
 
 def _pairs(a: Tensor, b: Tensor) -> Ints:
     """The pairs of different units at the same place of two axes, broadcast, int64 (2, n)."""
-    left, right = (side.reshape(-1) for side in np.broadcast_arrays(a.numpy(), b.numpy()))
-    differ = left != right
-    left, right = left[differ], right[differ]
-    if len(left) <= _MANY:
-        return np.stack((left, right))
-    key = np.unique(left << _HALF | right)  # units are far fewer than 2^31
+    first, second = (side.reshape(-1) for side in np.broadcast_arrays(a.numpy(), b.numpy()))
+    differ = first != second
+    first, second = first[differ], second[differ]
+    if len(first) <= _MANY:
+        return np.stack((first, second))
+    key = np.unique(first << _HALF | second)  # units are far fewer than 2^31
     return np.stack((key >> _HALF, key & ((1 << _HALF) - 1)))

@@ -60,14 +60,14 @@ def _pieces_kept(call: Call, axis: Tensor, dim: int, sizes: list[int]) -> bool:
     names = [[name for name, value in kept.items() if value == size > 1 and "." not in name] for size in sizes]
     tuples = [key.removesuffix(".0") for key in kept if key.endswith(".0")]
     alike = [name for name in tuples if _whole(kept, name) == sizes]
-    seen = {len(units) for own, _, units in call.ledger.pieces if own == module}
+    seen = {len(units) for owner, _, units in call.ledger.pieces if owner == module}
     sums = {a + b for a in seen for b in seen if a != b}
-    if not alike and any(not own and size not in sums for own, size in zip(names[:-1], sizes, strict=False)):
+    if not alike and any(not found and size not in sums for found, size in zip(names[:-1], sizes, strict=False)):
         return False
     parts = axis.split(sizes, dim)
     for at, part in enumerate(parts):
-        own = [*(f"{name}.{at}" for name in alike), *names[at]]
-        call.ledger.pieces += [(module, name, line(part)) for name in own]
+        attributes = [*(f"{name}.{at}" for name in alike), *names[at]]
+        call.ledger.pieces += [(module, name, line(part)) for name in attributes]
         if not alike and names[at] and names[at] in names[:at]:
             call.ledger.unite(part, parts[names.index(names[at])], call)
     return True
@@ -75,8 +75,8 @@ def _pieces_kept(call: Call, axis: Tensor, dim: int, sizes: list[int]) -> bool:
 
 def _whole(kept: dict[str, int], name: str) -> list[int]:
     """The numbers of the tuple or list ``name``."""
-    found = [(int(key.rpartition(".")[2]), value) for key, value in kept.items() if key.rpartition(".")[0] == name]
-    return [value for _, value in sorted(found)]
+    numbered = [(int(key.rpartition(".")[2]), value) for key, value in kept.items() if key.rpartition(".")[0] == name]
+    return [value for _, value in sorted(numbered)]
 
 
 @rules.rule("view _unsafe_view reshape _reshape_alias _reshape_copy unflatten flatten")
@@ -218,22 +218,26 @@ def _slice(call: Call) -> Axes:
     """
     tensor = call.args[0]
     dim = call.arg("dim", 0) % tensor.dim()
-    whole, left = tensor.shape[dim], call.out.shape[dim]
+    full_size, part_size = tensor.shape[dim], call.out.shape[dim]
     start, step = call.arg("start") or 0, call.arg("step", 1) or 1
-    start = min(start + whole if start < 0 else start, whole)
+    start = min(start + full_size if start < 0 else start, full_size)
     out = []
     for axis in call.axes(tensor):
-        if axis.shape[dim] > 1 and left != whole:
-            parts = whole // left if step == 1 and left and whole % left == 0 and start % left == 0 else 0
-            if parts and (parts <= _PARTS or not _pieces_kept(call, axis, dim, _cuts(start, left, whole))):
+        if axis.shape[dim] > 1 and part_size != full_size:
+            parts = (
+                full_size // part_size
+                if step == 1 and part_size and full_size % part_size == 0 and start % part_size == 0
+                else 0
+            )
+            if parts and (parts <= _PARTS or not _pieces_kept(call, axis, dim, _cuts(start, part_size, full_size))):
                 equal_parts(call, axis, dim, parts)
-            elif step > 1 and whole % step == 0:
+            elif step > 1 and full_size % step == 0:
                 split = axis.unflatten(dim, (-1, step))
                 call.ledger.unite(split, split.narrow(dim + 1, 0, 1), call)
-            elif not parts and (step > 1 or not _pieces_kept(call, axis, dim, _cuts(start, left, whole))):
+            elif not parts and (step > 1 or not _pieces_kept(call, axis, dim, _cuts(start, part_size, full_size))):
                 _literal(call, axis, dim)
         if axis.shape[dim] > 1:
-            axis = narrow(axis[(slice(None),) * dim + (slice(start, start + max(left - 1, 0) * step + 1, step),)])
+            axis = narrow(axis[(slice(None),) * dim + (slice(start, start + max(part_size - 1, 0) * step + 1, step),)])
         out.append(axis)
     return out
 
@@ -274,23 +278,23 @@ def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes
     shape = list(call.out.shape)
     others = [1 if d == dim else size for d, size in enumerate(shape)]
     operands = [
-        (Marks([a for a in own if a.shape[dim] == 1]), others)
-        for part, own in zip(parts, axes, strict=True)
+        (Marks([a for a in part_axes if a.shape[dim] == 1]), others)
+        for part, part_axes in zip(parts, axes, strict=True)
         if call.of(part) is not None
     ]
-    rest = call.ledger.meet(others, operands, call)
-    beside = [next((axis for axis in own if axis.shape[dim] > 1), None) for own in axes]
-    if all(axis is None for axis in beside):
-        return rest
-    wide = [max(axis.shape[d] for axis in beside if axis is not None) for d in range(len(shape))]
-    full = []
-    for part, axis in zip(parts, beside, strict=True):
+    other_axes = call.ledger.meet(others, operands, call)
+    along_dim = [next((axis for axis in part_axes if axis.shape[dim] > 1), None) for part_axes in axes]
+    if all(axis is None for axis in along_dim):
+        return other_axes
+    sizes = [max(axis.shape[d] for axis in along_dim if axis is not None) for d in range(len(shape))]
+    expanded = []
+    for part, axis in zip(parts, along_dim, strict=True):
         size = part.shape[dim] if part.dim() == len(shape) else 1
         if axis is None and call.of(part) is None and call.tracer.is_zero(part):  # as a first state of recurrent code
             axis = along(call.ledger.fresh(size), dim, len(shape))
         axis = torch.zeros([1] * len(shape), dtype=torch.int64) if axis is None else axis
-        full.append(axis.expand([size if d == dim else n for d, n in enumerate(wide)]))
-    return [*rest, narrow(torch.cat(full, dim))]
+        expanded.append(axis.expand([size if d == dim else n for d, n in enumerate(sizes)]))
+    return [*other_axes, narrow(torch.cat(expanded, dim))]
 
 
 @rules.rule(
@@ -309,8 +313,8 @@ def _pad(call: Call) -> Axes:
         if not hit:
             out.append(axis)
         elif call.name == "constant_pad_nd":
-            own = [width if last - i // 2 in hit else 0 for i, width in enumerate(widths)]
-            out.append(narrow(torch.constant_pad_nd(axis, own, 0)))
+            axis_widths = [width if last - i // 2 in hit else 0 for i, width in enumerate(widths)]
+            out.append(narrow(torch.constant_pad_nd(axis, axis_widths, 0)))
         else:
             call.ledger.fix(axis, call.why("mixed", "its channels are mixed"))
     return out
@@ -369,9 +373,9 @@ def _fold(call: Call) -> Axes:
     for axis in call.axes(columns):
         if axis.shape[-2] > 1:
             patches = axis.unflatten(-2, (-1, height * width))
-            whole = patches[..., :1, :1]
-            call.ledger.unite(patches, whole, call)
-            out.append(narrow(whole))
+            channels = patches[..., :1, :1]
+            call.ledger.unite(patches, channels, call)
+            out.append(narrow(channels))
         else:
             out.append(axis.unsqueeze(-1))
     return out

@@ -15,20 +15,20 @@ def numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
     """
     for attribute, value in kept_numbers(module).items():
         name, _, at = attribute.partition(".")
-        whole: Any = vars(module)[name]
-        if not at or (type(whole) is tuple and value != 1 and sum(number != 1 for number in whole) == 1):
+        stored: Any = vars(module)[name]
+        if not at or (type(stored) is tuple and value != 1 and sum(number != 1 for number in stored) == 1):
             yield attribute, value
 
 
 def kept_numbers(module: nn.Module) -> dict[str, int]:
     """attribute -> value of the whole numbers that a module keeps, alone or in tuples and lists of such numbers."""
-    found: dict[str, int] = {}
+    kept: dict[str, int] = {}
     for attribute, value in vars(module).items():
         if type(value) is int:
-            found[attribute] = value
+            kept[attribute] = value
         elif type(value) in (tuple, list) and value and all(type(number) is int for number in value):
-            found |= {f"{attribute}.{at}": number for at, number in enumerate(value)}
-    return found
+            kept |= {f"{attribute}.{at}": number for at, number in enumerate(value)}
+    return kept
 
 
 def number_of(module: nn.Module, attribute: str) -> int | None:
@@ -43,6 +43,6 @@ def number_of(module: nn.Module, attribute: str) -> int | None:
 def set_number(module: nn.Module, attribute: str, number: Any) -> None:
     """Set an attribute that has a name as in :func:`kept_numbers`."""
     name, _, at = attribute.partition(".")
-    whole: Any = vars(module).get(name)
-    made = [*whole[: int(at)], number, *whole[int(at) + 1 :]] if at else number
-    setattr(module, name, tuple(made) if at and type(whole) is tuple else made)
+    old: Any = vars(module).get(name)
+    new = [*old[: int(at)], number, *old[int(at) + 1 :]] if at else number
+    setattr(module, name, tuple(new) if at and type(old) is tuple else new)

@@ -94,21 +94,23 @@ class Units:
     @functools.cached_property
     def members(self) -> dict[int, list[Member]]:
         """class -> its members, one for each dimension of a parameter or buffer that has some of its units."""
-        found: dict[int, list[Member]] = defaultdict(list)
+        by_class: dict[int, list[Member]] = defaultdict(list)
         for name, dims in self.origin.items():
             for dim, first, size in dims:
                 labels = self.label[first : first + size]
                 order = np.argsort(labels, kind="stable")
                 ordered = labels[order]
                 starts = np.flatnonzero(np.r_[True, ordered[1:] > ordered[:-1]]).tolist()
-                for one, start, end in zip(ordered[starts].tolist(), starts, [*starts[1:], size], strict=True):
-                    found[one].append(Member(name, dim, order[start:end]))
-        return dict(found)
+                for class_id, start, end in zip(ordered[starts].tolist(), starts, [*starts[1:], size], strict=True):
+                    by_class[class_id].append(Member(name, dim, order[start:end]))
+        return dict(by_class)
 
     def places(self, classes: Iterable[int]) -> list[tuple[str, int]]:
         """(name, dimension) of the parameters and buffers that have units of ``classes``, in order, each once."""
         members, places = self.members, self._places
-        rows = dict.fromkeys(places.get(one) or places.setdefault(one, _where(members[one])) for one in classes)
+        rows = dict.fromkeys(
+            places.get(class_id) or places.setdefault(class_id, _where(members[class_id])) for class_id in classes
+        )
         return list(dict.fromkeys(place for row in rows for place in row))
 
     @functools.cached_property
@@ -124,8 +126,8 @@ class Units:
         """
         for at, first, size in self.origin[self.alias[name]]:
             if at == dim:
-                found: list[int] = self.label[first : first + size].tolist()
-                return found
+                labels: list[int] = self.label[first : first + size].tolist()
+                return labels
         return []
 
     def first_unit(self, name: str, dim: int) -> int:
@@ -159,26 +161,28 @@ class Units:
         If several indices have reasons, the reason of the lowest index is returned. Reasons of a kind in
         :data:`NOTHING_TO_CHOOSE` are returned only if there is no other.
         """
-        reasons = [reason for one in self.classes(name, dim) if (reason := self.reason(one)) is not None]
+        reasons = [reason for class_id in self.classes(name, dim) if (reason := self.reason(class_id)) is not None]
         return next(
             (reason for reason in reasons if reason.kind not in NOTHING_TO_CHOOSE), reasons[0] if reasons else None
         )
 
-    def reason(self, one: int) -> Reason | None:
+    def reason(self, class_id: int) -> Reason | None:
         """Why class ``one`` must not be cut, or only under conditions; None if it may be cut."""
-        return self.fixed.get(one) or self.statistics.get(one) or self.normalised.get(one)
+        return self.fixed.get(class_id) or self.statistics.get(class_id) or self.normalised.get(class_id)
 
     def with_open_statistics(self, norms: Collection[str]) -> Units:
         """A copy in which classes are free whose statistics are all computed by ``norms``, the names of modules that
         count only open units.
         """
-        own, other = set[int](), set[int]()
+        counted_open, counted_otherwise = set[int](), set[int]()
         for name, units in self.counted:
-            (own if name and name in norms else other).update(self.label[units].tolist())
-        opened = {one for one in self.statistics if one in own and one not in other}
+            (counted_open if name and name in norms else counted_otherwise).update(self.label[units].tolist())
+        opened = {
+            class_id for class_id in self.statistics if class_id in counted_open and class_id not in counted_otherwise
+        }
         free = sorted({*self.free, *opened})
-        left = {one: why for one, why in self.statistics.items() if one not in opened}
-        return replace(self, free=free, statistics=left, clusters=_clusters(self.origin, self.label, free))
+        still_counted = {class_id: why for class_id, why in self.statistics.items() if class_id not in opened}
+        return replace(self, free=free, statistics=still_counted, clusters=_clusters(self.origin, self.label, free))
 
     def in_training_alone(self) -> dict[int, str]:
         """class -> why it stays, for classes with units in a parameter that only training reads.
@@ -186,11 +190,11 @@ class Units:
         Results are compared in evaluation, which would not show an error there.
         """
         return {
-            one: f"{name!r}, which only training reaches, shares its width"
+            class_id: f"{name!r}, which only training reaches, shares its width"
             for name, modes in self.reached.items()
             if modes == {True}
             for dim, _, _ in self.origin[name]
-            for one in self.classes(name, dim)
+            for class_id in self.classes(name, dim)
         }
 
     def among(self, classes: Iterable[int]) -> Bools:
@@ -203,9 +207,9 @@ class Units:
         gone: dict[str, dict[int, list[int]]] = defaultdict(dict)
         for name, dims in self.origin.items():
             for dim, first, size in dims:
-                found = np.flatnonzero(cut[first : first + size])
-                if len(found):
-                    gone[name][dim] = found.tolist()
+                indices = np.flatnonzero(cut[first : first + size])
+                if len(indices):
+                    gone[name][dim] = indices.tolist()
         return dict(gone)
 
 
@@ -229,21 +233,25 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
     classes = np.unique(np.concatenate([np.zeros(0, np.int64), *lines]))
     read, written = _marked(ledger.count, ledger.read), _marked(ledger.count, ledger.written)
     unread = Reason("unread", "no weight reads it")
-    for one in np.setdiff1d(classes, label[read]).tolist():
-        fixed.setdefault(one, unread)
-    every = classes.tolist()
-    free = [one for one in every if one not in fixed and one not in statistics]
+    for class_id in np.setdiff1d(classes, label[read]).tolist():
+        fixed.setdefault(class_id, unread)
+    all_classes = classes.tolist()
+    free = [class_id for class_id in all_classes if class_id not in fixed and class_id not in statistics]
     return Units(
         label=label,
         origin=ledger.origin,
         alias=ledger.alias,
         free=free,
-        fixed={one: fixed[one] for one in every if one in fixed},
-        statistics={one: statistics[one] for one in every if one in statistics and one not in fixed},
+        fixed={class_id: fixed[class_id] for class_id in all_classes if class_id in fixed},
+        statistics={
+            class_id: statistics[class_id]
+            for class_id in all_classes
+            if class_id in statistics and class_id not in fixed
+        },
         clusters=_clusters(ledger.origin, label, free),
         read=read,
         written=written,
-        normalised={one: normalised[one] for one in free if one in normalised},
+        normalised={class_id: normalised[class_id] for class_id in free if class_id in normalised},
         reached=ledger.reached,
         modes=modes,
         failed=failed or {},
@@ -266,14 +274,14 @@ def _factored(product: Product, label: Ints) -> Product:
     Dimensions along which an axis has the same classes do not count, and of axes that then are the same (keys and
     values, of which whole heads may go) one does.
     """
-    found: dict[tuple[torch.Size, bytes], Ints] = {}
+    factors: dict[tuple[torch.Size, bytes], Ints] = {}
     for axis in product.overlapping:
         for dim in varying(axis):
             first = axis.narrow(dim, 0, 1)
             if (label[axis.numpy()] == label[first.numpy()]).all():
                 axis = first
-        found.setdefault((axis.shape, label[axis.numpy()].tobytes()), line(axis))
-    return replace(product, factors=[*product.factors, *found.values()], overlapping=[])
+        factors.setdefault((axis.shape, label[axis.numpy()].tobytes()), line(axis))
+    return replace(product, factors=[*product.factors, *factors.values()], overlapping=[])
 
 
 def joined(label: Ints, pairs: Ints) -> Ints:
@@ -305,9 +313,9 @@ class _Labels:
         self._why = [why for _, why in ledger.blocks]
         self._join(_concatenated([pairs for pairs, _ in ledger.unions]))
         keys = [_keys(*pairs[:, (pairs > 0).all(0)]) for pairs, _ in ledger.blocks]
-        every = np.concatenate(keys) if keys else np.zeros(0, np.int64)
-        self._event = np.repeat(np.arange(len(keys)), [len(own) for own in keys])
-        self._outer, self._inner = every >> _HALF, every & _LOW
+        packed = np.concatenate(keys) if keys else np.zeros(0, np.int64)
+        self._event = np.repeat(np.arange(len(keys)), [len(block_keys) for block_keys in keys])
+        self._outer, self._inner = packed >> _HALF, packed & _LOW
         new = (self._outer[1:] != self._outer[:-1]) | (self._event[1:] != self._event[:-1])
         self._starts = np.flatnonzero(np.r_[True, new]) if len(self._outer) else np.zeros(0, np.int64)
 
@@ -373,9 +381,9 @@ class _Blocks:
     def __init__(self, keys: Ints) -> None:
         self._keys = keys
 
-    def of(self, one: int) -> set[int]:
+    def of(self, inner_class: int) -> set[int]:
         """The classes that run along class ``one``."""
-        start, end = np.searchsorted(self._keys, [one << _HALF, (one + 1) << _HALF])
+        start, end = np.searchsorted(self._keys, [inner_class << _HALF, (inner_class + 1) << _HALF])
         return set((self._keys[start:end] & _LOW).tolist())
 
 
@@ -406,11 +414,11 @@ def _concatenated(parts: list[Ints]) -> Ints:
 
 def _marked(count: int, parts: Iterable[Ints]) -> Bools:
     """Whether each of ``count`` units, or classes, is in some part: bool, (count,). Unit 0 ("no unit") never is."""
-    found = np.zeros(count, bool)
+    marked = np.zeros(count, bool)
     for units in parts:
-        found[units] = True
-    found[:1] = False
-    return found
+        marked[units] = True
+    marked[:1] = False
+    return marked
 
 
 def _with_beside(columns: Bools, pairs: Ints) -> Bools:
@@ -427,27 +435,27 @@ def _with_beside(columns: Bools, pairs: Ints) -> Bools:
 
 def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:
     """The units that meet an element without a unit, and why they stay."""
-    found = []
+    reasons = []
     for pairs, why in ledger.unions:
         lone = pairs[:, (pairs == 0).any(0)].max(0) if pairs.shape[1] else pairs[0]
         if len(lone):
-            found.append((lone, why))
-    return found
+            reasons.append((lone, why))
+    return reasons
 
 
-def _of_classes(label: Ints, said: Iterable[tuple[Ints, Reason]]) -> dict[int, Reason]:
+def _of_classes(label: Ints, unit_reasons: Iterable[tuple[Ints, Reason]]) -> dict[int, Reason]:
     """The first reason for each class, from reasons for units."""
-    found: dict[int, Reason] = {}
-    for units, why in said:
-        for one in np.unique(label[units]).tolist():
-            found.setdefault(one, why)
-    found.pop(0, None)
-    return found
+    reasons: dict[int, Reason] = {}
+    for units, why in unit_reasons:
+        for class_id in np.unique(label[units]).tolist():
+            reasons.setdefault(class_id, why)
+    reasons.pop(0, None)
+    return reasons
 
 
 def _dimensions(origin: Origin) -> list[tuple[str, int, int, int]]:
     """(name, dimension, first unit, size) of every dimension with units."""
-    return [(name, *dims) for name, found in origin.items() for dims in found]
+    return [(name, *entry) for name, entries in origin.items() for entry in entries]
 
 
 def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
@@ -474,6 +482,6 @@ def _clusters(origin: Origin, label: Ints, free: list[int]) -> list[list[int]]:
     pairs = [np.stack((chain[1:], chain[:-1])) for chain in chains]
     parent = joined(parent, np.concatenate(pairs, 1)) if pairs else parent
     together: dict[int, list[int]] = defaultdict(list)
-    for one in free:
-        together[int(parent[one])].append(one)
+    for class_id in free:
+        together[int(parent[class_id])].append(class_id)
     return list(together.values())

@@ -38,12 +38,12 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
     old = dict(named)
     new: dict[int, Tensor] = {}
     for name, dims in units.indices(classes).items():
-        left = old[name].detach()
+        remaining = old[name].detach()
         for dim, gone in dims.items():
-            keep = np.delete(np.arange(left.shape[dim]), gone)
-            left = left.index_select(dim, torch.from_numpy(keep).to(left.device))
+            keep = np.delete(np.arange(remaining.shape[dim]), gone)
+            remaining = remaining.index_select(dim, torch.from_numpy(keep).to(remaining.device))
         parameter = isinstance(old[name], nn.Parameter)
-        new[id(old[name])] = nn.Parameter(left, requires_grad=old[name].requires_grad) if parameter else left
+        new[id(old[name])] = nn.Parameter(remaining, requires_grad=old[name].requires_grad) if parameter else remaining
     follow_all(model, substitute(model, new), units.within)
     follow(model, sizes, units.indices(classes))
     return model
@@ -71,9 +71,9 @@ def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
     for module in model.modules():
         tables: tuple[dict[str, Any], dict[str, Any]] = module._parameters, module._buffers
         for table in tables:
-            found = {name: new[id(t)] for name, t in table.items() if t is not None and id(t) in new}
-            table.update(found)
-            changed.update([module] if found else [])
+            replaced = {name: new[id(t)] for name, t in table.items() if t is not None and id(t) in new}
+            table.update(replaced)
+            changed.update([module] if replaced else [])
     return changed
 
 
@@ -86,19 +86,19 @@ def half(units: Units, clusters: Sequence[Sequence[int]], seed: int = 0) -> list
     Returns: the chosen classes.
     """
     generator = random.Random(seed)
-    left = {
+    remaining = {
         (name, dim): len(set(units.classes(name, dim))) for name, dims in units.origin.items() for dim, _, _ in dims
     }
     chosen = []
     for number, cluster in enumerate(clusters):
         most = len(cluster) // 2
         count = most - (number + seed) % (most // 2 + 1)
-        for one in generator.sample(list(cluster), count):
-            places = {(member.name, member.dim) for member in units.members[one]}
-            if all(left[place] > 1 for place in places):
-                chosen.append(one)
+        for class_id in generator.sample(list(cluster), count):
+            places = {(member.name, member.dim) for member in units.members[class_id]}
+            if all(remaining[place] > 1 for place in places):
+                chosen.append(class_id)
                 for place in places:
-                    left[place] -= 1
+                    remaining[place] -= 1
     return chosen
 
 
@@ -141,16 +141,16 @@ def retrace(
     """
     if not clusters:
         return {}
-    found: dict[int, Differs] = {}
+    differences: dict[int, Differs] = {}
     todo, samples = [list(clusters)], [example_inputs, *more_inputs]
     while todo:
-        some = todo.pop()
-        fault = differs(model, units, samples, half(units, some))
-        if fault is not None and len(some) == 1:
-            found |= dict.fromkeys(some[0], fault)
+        subset = todo.pop()
+        fault = differs(model, units, samples, half(units, subset))
+        if fault is not None and len(subset) == 1:
+            differences |= dict.fromkeys(subset[0], fault)
         elif fault is not None:
-            todo += [some[: len(some) // 2], some[len(some) // 2 :]]
-    return found
+            todo += [subset[: len(subset) // 2], subset[len(subset) // 2 :]]
+    return differences
 
 
 def differs(
@@ -174,17 +174,19 @@ def differs(
             f"({error})",
             False,
         )
-    found = _other_way(units, again, set(classes))
-    if found is None:
+    difference = _other_way(units, again, set(classes))
+    if difference is None:
         return None
     # Where values decide which way a model takes, the whole one may take another way than one with closed units.
     try:
         masked = _traced(mask(inputs.copied(model), units, classes), units, samples)
     except Exception:  # some models raise if some of their values are 0
-        return found
+        return difference
     if (masked.numbers, masked.reached) == (units.numbers, units.reached):
-        return found
-    gone = {masked.classes(m.name, m.dim)[i] for one in classes for m in units.members[one] for i in m.indices}
+        return difference
+    gone = {
+        masked.classes(m.name, m.dim)[i] for class_id in classes for m in units.members[class_id] for i in m.indices
+    }
     return _other_way(masked, again, gone)
 
 
@@ -227,20 +229,25 @@ def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
         again: the partition of the cut model.
         gone: the classes that were cut.
     """
-    alone, free = _alone(units, gone), set(units.free)
+    single, free = _alone(units, gone), set(units.free)
     forward: dict[int, int] = {}
     back: dict[int, int] = {}
     for name, dims in units.origin.items():
         for dim, _, _ in dims:
-            left = [one for one in units.classes(name, dim) if one not in gone]
+            remaining = [class_id for class_id in units.classes(name, dim) if class_id not in gone]
             new = again.classes(name, dim)
-            if len(new) != len(left) and len(left) > 1:
-                return Differs(f"of dimension {dim} of {name!r} {len(new)} units are left, expected {len(left)}", True)
-            for one, other in zip(left, new, strict=False):
-                if one in alone or one not in free:
+            if len(new) != len(remaining) and len(remaining) > 1:
+                return Differs(
+                    f"of dimension {dim} of {name!r} {len(new)} units are left, expected {len(remaining)}", True
+                )
+            for class_id, new_class in zip(remaining, new, strict=False):
+                if class_id in single or class_id not in free:
                     continue
-                reason = again.fixed.get(other)
-                if forward.setdefault(one, other) != other or back.setdefault(other, one) != one:
+                reason = again.fixed.get(new_class)
+                if (
+                    forward.setdefault(class_id, new_class) != new_class
+                    or back.setdefault(new_class, class_id) != class_id
+                ):
                     return Differs(f"without half of its channels others of {name!r} go together", True)
                 if reason is not None and reason.kind not in NOTHING_TO_CHOOSE:
                     return Differs(f"without half of its channels {reason}", True)
@@ -252,12 +259,12 @@ def _alone(units: Units, gone: set[int]) -> set[int]:
 
     A dimension of size 1 has no unit in a trace, so the trace of the cut model says less about these classes.
     """
-    found: set[int] = set()
+    single: set[int] = set()
     for name, dims in units.origin.items():
         for dim, _, _ in dims:
-            left = set(units.classes(name, dim)) - gone
-            found |= left if len(left) == 1 else set()
-    return found
+            remaining = set(units.classes(name, dim)) - gone
+            single |= remaining if len(remaining) == 1 else set()
+    return single
 
 
 def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> dict[int, str]:
@@ -284,11 +291,11 @@ def probe(masked: nn.Module, units: Units, classes: Iterable[int], example_input
         closed=torch.from_numpy(units.among(classes)),
         alive=alive,
     )
-    found: dict[int, str] = {}
+    behaviour: dict[int, str] = {}
     for unit, (low, high) in alive.items():
-        one = int(units.label[unit])
-        found[one] = "constant" if low == high and found.get(one) != "varies" else "varies"
-    return found
+        class_id = int(units.label[unit])
+        behaviour[class_id] = "constant" if low == high and behaviour.get(class_id) != "varies" else "varies"
+    return behaviour
 
 
 def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs: Any) -> set[int]:
@@ -309,10 +316,10 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
     Raises: what the model raises.
     """
     chosen = set(classes)
-    clusters = [[one for one in cluster if one in chosen] for cluster in units.clusters]
+    clusters = [[class_id for class_id in cluster if class_id in chosen] for cluster in units.clusters]
     closed = half(units, [cluster for cluster in clusters if cluster])
     masked = mask(inputs.copied(inputs.as_trained(model, example_inputs)), units, closed)
-    found: set[int] = set()
+    added_units: set[int] = set()
     ledger = Ledger.of(masked, units.within)
     tracer.run(
         ledger,
@@ -321,9 +328,9 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
         training=False,
         fake=False,
         closed=torch.from_numpy(units.among(closed)),
-        added=found,
+        added=added_units,
     )
-    return {int(units.label[unit]) for unit in found}
+    return {int(units.label[unit]) for unit in added_units}
 
 
 def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
@@ -333,9 +340,11 @@ def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
     """
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     chosen: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for one in classes:
+    for class_id in classes:
         members = [
-            (m.name, m.dim, i, units.first_unit(m.name, m.dim) + int(i)) for m in units.members[one] for i in m.indices
+            (m.name, m.dim, i, units.first_unit(m.name, m.dim) + int(i))
+            for m in units.members[class_id]
+            for i in m.indices
         ]
         silent = all(units.read[unit] and not units.written[unit] for *_, unit in members)
         for name, dim, index, unit in members:

@@ -287,7 +287,7 @@ def _unpool(call: Call) -> Axes:
     Values and indices may come from different layers; units at the same place of both become one.
     """
     shape, operands = list(call.args[0].shape), [rules.operand(call, t) for t in call.args[:2]]
-    axes = call.ledger.meet(shape, [one for one in operands if one is not None], call)
+    axes = call.ledger.meet(shape, [known for known in operands if known is not None], call)
     over, out = set(range(len(shape) - (2 if call.name.endswith("2d") else 3), len(shape))), []
     for axis in axes:
         if varying(axis) & over:

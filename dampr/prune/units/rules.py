@@ -56,8 +56,8 @@ def parts_of(func: Any) -> Callable[..., Any] | None:
     if func._schema.name == "aten::_trilinear":
         return _trilinear
     if func._can_decompose():
-        found: Callable[..., Any] = func.decompose
-        return found
+        decompose: Callable[..., Any] = func.decompose
+        return decompose
     if "backward" not in func._schema.name:
         return None
     from torch._decomp import decomposition_table
@@ -160,13 +160,13 @@ def elementwise(call: Call) -> Axes:
     fixed.
     """
     ledger, shape = call.ledger, list(call.first.shape)
-    weights, given = all(marks is None or marks.weight for marks in call.marks), call.given
+    weights, tensors = all(marks is None or marks.weight for marks in call.marks), call.given
     scaled = None if weights else scaled_weight(call)
     if scaled is not None:
-        given = [*(t for t in given if t is not scaled), scaled]
-    operands = list(filter(None, (operand(call, t) for t in (_decisive_last(call) if weights else given))))
+        tensors = [*(t for t in tensors if t is not scaled), scaled]
+    operands = list(filter(None, (operand(call, t) for t in (_decisive_last(call) if weights else tensors))))
     if not weights:
-        write(call, given[:-1] if scaled is not None else given)
+        write(call, tensors[:-1] if scaled is not None else tensors)
     elif call.name not in _FACTORS:
         ledger.lie_beside(
             [[at_rank(axis, len(shape)) for axis in call.axes(t)] for t in call.given if t.dtype.is_floating_point]

@@ -67,42 +67,46 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
     """
     cut = set(classes)
     pieces = {(size.module, size.attribute): size for size in reversed(list(_of_pieces(units, cut)))}
-    widths = {(member.name, member.dim) for one in cut for member in units.members[one]}
+    widths = {(member.name, member.dim) for class_id in cut for member in units.members[class_id]}
     sizes = {(name, dim): size for name, dims in units.origin.items() for dim, _, size in dims if (name, dim) in widths}
     counts = {place: len(set(units.classes(*place))) for place in sizes}
-    found = []
+    guesses = []
     for name, module in model.named_modules():
         if kind_of(module).follows:
             continue
         prefix = f"{name}." if name else ""
-        near = sorted((place for place in sizes if place[0].startswith(prefix)), key=lambda place: place[0].count("."))
+        candidates = sorted(
+            (place for place in sizes if place[0].startswith(prefix)), key=lambda place: place[0].count(".")
+        )
         for attribute, value in numbers(module):
             if value < 2 or any(word in attribute for word in _NO_WIDTHS):
                 continue
-            place = next(_matches(value, near, sizes, counts), None)
+            place = next(_matches(value, candidates, sizes, counts), None)
             if place is not None and (name, attribute) not in pieces:
-                found.append(Size(name, attribute, *place, value, sizes[place]))
-    return [*pieces.values(), *found, *_of_norms(model, units, sizes)]
+                guesses.append(Size(name, attribute, *place, value, sizes[place]))
+    return [*pieces.values(), *guesses, *_of_norms(model, units, sizes)]
 
 
 def _of_pieces(units: Units, cut: set[int]) -> Iterator[Size]:
     """The attributes by which code takes a part of a dimension that loses some of the classes ``cut``."""
-    for module, attribute, line in units.pieces:
-        if cut.isdisjoint(units.label[line].tolist()):
+    for module, attribute, piece in units.pieces:
+        if cut.isdisjoint(units.label[piece].tolist()):
             continue
-        place = _place(units, line)
+        place = _place(units, piece)
         if place is not None:
-            yield Size(module, attribute, *place[:2], len(line), len(line), place[2])
+            yield Size(module, attribute, *place[:2], len(piece), len(piece), place[2])
 
 
-def _place(units: Units, line: Ints) -> tuple[str, int, int] | None:
+def _place(units: Units, piece: Ints) -> tuple[str, int, int] | None:
     """(parameter or buffer, dimension, index) where these units in order stand side by side; None if they do not."""
-    labels = units.label[line]
+    labels = units.label[piece]
     for name, dims in units.origin.items():
         for dim, first, size in dims:
-            own = units.label[first : first + size]
-            for start in (own == labels[0]).nonzero()[0].tolist() if size >= len(line) else ():
-                if (own[start : start + len(line)] == labels[: size - start]).all() and size - start >= len(line):
+            dim_labels = units.label[first : first + size]
+            for start in (dim_labels == labels[0]).nonzero()[0].tolist() if size >= len(piece) else ():
+                if (dim_labels[start : start + len(piece)] == labels[: size - start]).all() and size - start >= len(
+                    piece
+                ):
                     return name, dim, start
     return None
 
@@ -113,14 +117,14 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
     A norm that is applied to several widths is left out, because these may lose different numbers of channels.
     """
     seen: dict[str, list[tuple[list[int], int]]] = {}
-    for name, line, groups in (*units.normed, *((name, line, 0) for name, line in units.counted if name)):
-        said = units.label[line].tolist(), groups
-        if said not in seen.setdefault(name, []):
-            seen[name].append(said)
+    for name, normed, groups in (*units.normed, *((name, normed, 0) for name, normed in units.counted if name)):
+        entry = units.label[normed].tolist(), groups
+        if entry not in seen.setdefault(name, []):
+            seen[name].append(entry)
     places = {tuple(units.classes(*place)): place for place in reversed(sizes)}
-    for name, every in seen.items():
-        module, (labels, groups) = model.get_submodule(name), every[0]
-        if len(every) > 1 or any(
+    for name, entries in seen.items():
+        module, (labels, groups) = model.get_submodule(name), entries[0]
+        if len(entries) > 1 or any(
             True for _ in itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
         ):
             continue
@@ -130,9 +134,9 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
             of_all = labels[:value] * (
                 len(labels) // value
             )  # instances are normed side by side, the channels of one after those of another
-            own = labels[:value] if of_all == labels else labels if value == groups else []
-            if (place := places.get(tuple(own))) is not None:
-                yield Size(name, attribute, *place, value, len(own))
+            width_labels = labels[:value] if of_all == labels else labels if value == groups else []
+            if (place := places.get(tuple(width_labels))) is not None:
+                yield Size(name, attribute, *place, value, len(width_labels))
 
 
 def _matches(
@@ -156,10 +160,10 @@ def follow(model: nn.Module, sizes: Iterable[Size], gone: Mapping[str, Mapping[i
 
     Returns: module -> attribute -> its new value, for those that changed.
     """
-    made: Numbers = {}
+    changed: Numbers = {}
     for size in sizes:
-        now = size.after(gone.get(size.parameter, {}).get(size.dim, ()))
-        if now != size.before:
-            set_number(model.get_submodule(size.module), size.attribute, now)
-            made.setdefault(size.module, {})[size.attribute] = now
-    return made
+        new_value = size.after(gone.get(size.parameter, {}).get(size.dim, ()))
+        if new_value != size.before:
+            set_number(model.get_submodule(size.module), size.attribute, new_value)
+            changed.setdefault(size.module, {})[size.attribute] = new_value
+    return changed

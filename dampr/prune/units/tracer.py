@@ -72,8 +72,8 @@ def run(
         if fake:
             tracer.swap(model)
             example_inputs = with_tensors(tracer.on_meta, example_inputs)
-        for given in inputs.tensors(example_inputs):
-            tracer.mark(given, Marks([]))
+        for example in inputs.tensors(example_inputs):
+            tracer.mark(example, Marks([]))
         stack.enter_context(hooks.removing(tracer.hooks(model)))
         with tracer:
             output = inputs.call(model, example_inputs)
@@ -168,10 +168,10 @@ class Tracer(TorchDispatchMode):
             """Forward hook: the running module has ended."""
             del self._stack[-1]
 
-        found: list[Any] = [
+        handles: list[Any] = [
             m.register_forward_pre_hook(lambda module, args: self._stack.append(module)) for m in model.modules()
         ]
-        return found + [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
+        return handles + [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
 
     def module_name(self) -> str:
         """The name of the module that is running."""
@@ -203,8 +203,8 @@ class Tracer(TorchDispatchMode):
 
     def name_of(self, tensor: Tensor) -> str | None:
         """The name of a parameter or buffer, also from its meta tensor; None for other tensors."""
-        own = self._twins.get(id(tensor), id(tensor))
-        return self.ledger.known[own][1] if own in self.ledger.known else None
+        key = self._twins.get(id(tensor), id(tensor))
+        return self.ledger.known[key][1] if key in self.ledger.known else None
 
     def mark(self, tensor: Tensor, marks: Marks | None) -> None:
         """Remember the marks of a tensor. The tensor is kept alive, so that no other gets its id."""
@@ -229,14 +229,14 @@ class Tracer(TorchDispatchMode):
                 result = parts(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        told, read = self._as_a_view(func, args)
+        operator, call_args = self._as_a_view(func, args)
         out = self._result(func, name, args, kwargs)
-        given = meta.tensors_of((read, kwargs))
-        marks = [self.marks(t) for t in given]
+        tensors = meta.tensors_of((call_args, kwargs))
+        marks = [self.marks(t) for t in tensors]
         if all(m is None for m in marks) or name.startswith("new_"):
-            self._constant(func, name, args, kwargs, given, out)
+            self._constant(func, name, args, kwargs, tensors, out)
         else:
-            call = Call(self, told, name, read, kwargs, out, given, marks)
+            call = Call(self, operator, name, call_args, kwargs, out, tensors, marks)
             try:
                 self._record(call, (rule or rules.opaque)(call))
             except Exception as error:  # the rule does not handle this form of the call
@@ -291,7 +291,7 @@ class Tracer(TorchDispatchMode):
                 if isinstance(listed, list):
                     listed[:] = [self.on_meta(t) if isinstance(t, Tensor) and self.owned(t) else t for t in listed]
 
-    def _constant(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], out: Any) -> None:
+    def _constant(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any) -> None:
         """Record what is known of the result of an operator that no parameter and no input went into.
 
         That is: whether it has one value everywhere, along which dimensions it does not change, and what it is a view
@@ -303,13 +303,13 @@ class Tracer(TorchDispatchMode):
         if name in _EMPTY.split():
             self._unwritten.add(id(out))
             self.mark(out, None)
-        kept = given and name in _KEEPS_UNIFORM.split() and all(id(t) in self.uniform for t in given)
+        kept = tensors and name in _KEEPS_UNIFORM.split() and all(id(t) in self.uniform for t in tensors)
         if name in _UNIFORM.split() or (kept and not func._schema.is_mutable):
-            zero = self.is_zero(given[0]) if kept else "zeros" in name
+            zero = self.is_zero(tensors[0]) if kept else "zeros" in name
             self.uniform.update({id(t): (t, zero) for t in meta.tensors_of(out)})
-        elif given and isinstance(out, Tensor) and _computes_alike(func):
-            dims = {d for d in range(out.dim()) if all(self.is_even(t, d - out.dim()) for t in given)}
-            if all(id(t) in self.uniform for t in given):
+        elif tensors and isinstance(out, Tensor) and _computes_alike(func):
+            dims = {d for d in range(out.dim()) if all(self.is_even(t, d - out.dim()) for t in tensors)}
+            if all(id(t) in self.uniform for t in tensors):
                 self.uniform[id(out)] = out, False
             elif dims:
                 self._even[id(out)] = out, dims
@@ -397,16 +397,16 @@ class Tracer(TorchDispatchMode):
             if places is None or pairs is None:
                 self.ledger.fix(axes + old, call.why("mixed", "its channels are written in place into a view"))
                 return
-            made: Axes = []
-            for axis, under in pairs:
-                if axis is None or under is None:
-                    made += [one.clamp(min=0) for one in (axis, under) if one is not None]
-                elif varying(axis) == varying(under) and bool((axis >= 0).all()):
-                    made.append(torch.where(under == 0, axis, under))
-                    self.ledger.unite(axis, made[-1], call)  # one width, whether its rows are written or not
+            merged: Axes = []
+            for axis, old_axis in pairs:
+                if axis is None or old_axis is None:
+                    merged += [present.clamp(min=0) for present in (axis, old_axis) if present is not None]
+                elif varying(axis) == varying(old_axis) and bool((axis >= 0).all()):
+                    merged.append(torch.where(old_axis == 0, axis, old_axis))
+                    self.ledger.unite(axis, merged[-1], call)  # one width, whether its rows are written or not
                 else:
-                    made.append(axis.clamp(min=0) if first else narrow(torch.where(axis < 0, under, axis)))
-            self.mark(base, Marks(moving(made)))
+                    merged.append(axis.clamp(min=0) if first else narrow(torch.where(axis < 0, old_axis, axis)))
+            self.mark(base, Marks(moving(merged)))
             child = base
 
 
@@ -414,9 +414,9 @@ class Tracer(TorchDispatchMode):
 def _view_of(func: Any) -> Any:
     """The operator that returns as a view what ``func`` does in place (``transpose`` for ``transpose_``), or None."""
 
-    def arguments(one: Any) -> list[tuple[str, str]]:
+    def arguments(operator: Any) -> list[tuple[str, str]]:
         """Names and types of an operator's arguments."""
-        return [(argument.name, str(argument.type)) for argument in one._schema.arguments]
+        return [(argument.name, str(argument.type)) for argument in operator._schema.arguments]
 
     packet = getattr(torch.ops.aten, rules.base_name(func), None) if func.namespace == "aten" else None
     for name in packet.overloads() if packet is not None else ():
@@ -442,11 +442,11 @@ def _paired(axes: Axes, old: Axes) -> list[tuple[Tensor | None, Tensor | None]] 
     if len(axes) == 1 and len(old) <= 1:
         return [(axes[0], old[0] if old else None)]
     for axis in axes:
-        if any(varying(axis) & varying(one) and varying(axis) != varying(one) for one in old):
+        if any(varying(axis) & varying(old_axis) and varying(axis) != varying(old_axis) for old_axis in old):
             return None
-    under = [next((one for one in old if varying(one) == varying(axis)), None) for axis in axes]
-    rest = [one for one in old if all(one is not other for other in under)]
-    return [*zip(axes, under, strict=True), *((None, one) for one in rest)]
+    matches = [next((old_axis for old_axis in old if varying(old_axis) == varying(axis)), None) for axis in axes]
+    unmatched = [old_axis for old_axis in old if all(old_axis is not other for other in matches)]
+    return [*zip(axes, matches, strict=True), *((None, old_axis) for old_axis in unmatched)]
 
 
 def _written(axis: Tensor, places: Tensor, base: Tensor) -> Tensor:
@@ -456,12 +456,12 @@ def _written(axis: Tensor, places: Tensor, base: Tensor) -> Tensor:
     """
     flat = torch.full((base.numel(),), -1)
     flat[places.reshape(-1)] = axis.expand(places.shape).reshape(-1)
-    whole = flat.reshape(base.shape)
-    for dim in range(whole.dim()):
-        most = whole.amax(dim, keepdim=True)
-        if bool(((whole == most) | (whole < 0)).all()):
-            whole = most
-    return narrow(whole)
+    units = flat.reshape(base.shape)
+    for dim in range(units.dim()):
+        most = units.amax(dim, keepdim=True)
+        if bool(((units == most) | (units < 0)).all()):
+            units = most
+    return narrow(units)
 
 
 # what is 0 in the first argument of these is 0 in the result

@@ -35,15 +35,15 @@ def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
     ignored if all modules of the parent are like it, or if it is a bare parameter beside modules (a class token, say).
     """
     reached = [name for name in units.origin if units.reached.get(name)]
-    found: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for above, unseen in _highest(parameters.intersection(units.origin).difference(reached), reached):
         shapes = _shapes(units, parameters, above, unseen)
-        beside = {part for name in reached if (part := _part(name, above)) is not None}
-        alike = {part for part in beside if _shapes(units, parameters, above, part) == shapes}
+        siblings = {part for name in reached if (part := _part(name, above)) is not None}
+        alike = {part for part in siblings if _shapes(units, parameters, above, part) == shapes}
         token = "" in shapes and _has_parts(reached, above)
-        if alike != beside and not token and all(len(dims) < 2 for dims in shapes.values()):
+        if alike != siblings and not token and all(len(dims) < 2 for dims in shapes.values()):
             continue
-        sizes = {size for own in shapes.values() for _, size in own}
+        sizes = {size for lengths in shapes.values() for _, size in lengths}
         reason = (
             f"the example inputs do not reach {_joined(above, unseen)!r}, which may share its width: give inputs that "
             "do (dampr.Several), or remove it"
@@ -52,8 +52,12 @@ def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
             part = _part(name, above)
             for dim, _, size in units.origin[name] if part is not None else ():
                 if part in alike or (not alike and size in sizes):
-                    found |= {one: reason for one in set(units.classes(name, dim)) if _leads_on(units, one, above)}
-    return found
+                    reasons |= {
+                        class_id: reason
+                        for class_id in set(units.classes(name, dim))
+                        if _leads_on(units, class_id, above)
+                    }
+    return reasons
 
 
 def _highest(lost: Iterable[str], reached: Iterable[str]) -> set[tuple[str, str]]:
@@ -67,13 +71,13 @@ def _highest(lost: Iterable[str], reached: Iterable[str]) -> set[tuple[str, str]
     module exists, the pair names the parameter itself.
     """
     seen = {name[:at] for name in reached for at in (0, *(i for i, letter in enumerate(name) if letter == "."))}
-    found = set()
+    pairs = set()
     for name in lost:
         parts = name.split(".")
         depth = max((at for at in range(len(parts)) if ".".join(parts[:at]) in seen), default=None)
         if depth is not None:
-            found.add((".".join(parts[:depth]), parts[depth]))
-    return found
+            pairs.add((".".join(parts[:depth]), parts[depth]))
+    return pairs
 
 
 def _joined(above: str, part: str) -> str:
@@ -116,6 +120,6 @@ def _shapes(units: Units, parameters: set[str], above: str, part: str) -> dict[s
     }
 
 
-def _leads_on(units: Units, one: int, above: str) -> bool:
+def _leads_on(units: Units, class_id: int, above: str) -> bool:
     """Whether the class ``one`` has members in several submodules of the module ``above``, or outside of it."""
-    return len({_part(member.name, above) for member in units.members[one]}) > 1
+    return len({_part(member.name, above) for member in units.members[class_id]}) > 1
