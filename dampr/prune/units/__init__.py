@@ -13,7 +13,7 @@ closed units have where something reads them. No step looks at the types of modu
 Names in the code of this package and of its callers:
 
 - unit: an integer from 1 on; 0 means "no unit". Arrays over units have one entry for each, ``(units,)``.
-- class: units that can be cut only together. It is an integer too, the least of its units. ``class_id`` is a class where
+- class: units that can be cut only together; also an integer, the least of its units. ``class_id`` is a class where
   a loop or a function takes a single one, and ``classes`` are several; neither ever is a Python class. ``label[unit]``
   is the class of a unit.
 - member: the part of a class in one dimension of one parameter or buffer, ``(name, dim, indices)``.

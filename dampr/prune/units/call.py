@@ -59,33 +59,38 @@ class Call:
 
     @property
     def first(self) -> Tensor:
-        """The first output."""
+        """The first output of the operator."""
         output: Tensor = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
         return output
 
     def arg(self, name: str, default: Any = None) -> Any:
-        """An argument by its name in the operator's schema."""
+        """Return the argument called ``name`` in the operator's schema; ``default`` if the schema has no such argument.
+        """
         for at, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
                 return self.args[at] if at < len(self.args) else self.kwargs.get(name, argument.default_value)
         return default
 
     def of(self, tensor: Any) -> Marks | None:
-        """The axes of a tensor, and whether it is a weight; None for a constant, and for what is not a tensor."""
+        """Return the marks of a tensor (its axes, and whether it is a weight); None for a constant, and for what is not
+        a tensor.
+        """
         return self.tracer.marks(tensor) if isinstance(tensor, Tensor) else None
 
     def axes(self, tensor: Any) -> Axes:
-        """The axes of a tensor; an empty list for a constant, and for what is not a tensor."""
+        """Return the axes of a tensor; an empty list for a constant, and for what is not a tensor."""
         marks = self.of(tensor)
         return marks.axes if marks is not None else []
 
     def is_weight(self, tensor: Tensor) -> bool:
-        """Whether a tensor is made of parameters and buffers alone, or is a constant that is the same everywhere."""
+        """Return whether a tensor is made of parameters and buffers alone, or is a constant with one value everywhere.
+        """
         marks = self.of(tensor)
         return (tensor.numel() == 1 or id(tensor) in self.tracer.uniform) if marks is None else marks.weight
 
     def numbers(self) -> list[Any]:
-        """The numbers that an elementwise operator was given beside tensors."""
+        """Return the numbers that an elementwise operator was given beside tensors; an empty list for other operators.
+        """
         if torch.Tag.pointwise not in self.func.tags:
             return []
         return [
@@ -93,7 +98,7 @@ class Call:
         ]
 
     def even(self, tensor: Tensor, dims: set[int]) -> bool:
-        """Whether a tensor of constants has equal values along the dimensions ``dims``.
+        """Return whether a tensor of constants has equal values along all of the dimensions ``dims``.
 
         The tracer may know it without looking at the values (:meth:`.tracer.Tracer.is_even`). Else the values are
         compared; a meta tensor has none, so the answer is then False.
@@ -105,7 +110,7 @@ class Call:
         return all(bool((tensor == tensor.narrow(d, 0, 1)).all()) for d in dims)
 
     def is_view(self) -> bool:
-        """Whether the result shares memory with the first argument."""
+        """Return whether the result shares memory with the first argument."""
         return (
             bool(self.args)
             and isinstance(self.args[0], Tensor)
@@ -113,7 +118,7 @@ class Call:
         )
 
     def writes_in_place(self) -> bool:
-        """Whether the operator changes its first argument."""
+        """Return whether the operator changes its first argument."""
         return self.is_view() and bool(self.func._schema.arguments[0].alias_info.is_write)
 
     def count(self, macs: int, factors: Axes, overlapping: Sequence[Tensor] = ()) -> None:
@@ -129,12 +134,15 @@ class Call:
             self.ledger.products.append(Product(self.module_name(), macs, lines, list(overlapping)))
 
     def module_name(self) -> str:
-        """The name of the module that runs this call."""
+        """Return the name of the module that runs this call; "" for the model itself."""
         return self.tracer.module_name()
 
     def why(self, kind: str, text: str) -> Reason:
-        """A :class:`~.ledger.Reason` of this kind that names the operator, the running module and the line of the
-        user's code.
+        """Make a :class:`~.ledger.Reason` that names the operator, the running module and the line of the user's code.
+
+        Args:
+            kind: the kind of the reason, one of those that :class:`~.ledger.Reason` lists.
+            text: the reason in words.
         """
         if self._place is None:
             self._place = self.name, self.tracer.module(), _user_line(sys._getframe(1))
@@ -143,7 +151,7 @@ class Call:
     def probe(self, tensor: Tensor, axes: Axes, dim: int, added: bool = False) -> None:
         """Note which values closed units have along ``dim``, where a weight or a sum reads them.
 
-        ``tracer.alive`` gets (least, largest) of every closed unit that is not 0 everywhere. Does nothing in a trace
+        ``tracer.alive`` gets (least, largest) of every closed unit that is not 0 everywhere. Nothing is done in a trace
         without closed units.
 
         Args:
@@ -175,7 +183,14 @@ class Call:
             self.tracer.added.update(unit for unit, values in self._closed(contributes, axes, dim) if bool(values))
 
     def _closed(self, tensor: Tensor, axes: Axes, dim: int) -> Iterator[tuple[int, Tensor]]:
-        """(unit, its values) for every closed unit of the axes that change along ``dim`` alone."""
+        """Yield (unit, its values in ``tensor``) for every closed unit of the axes that change along ``dim`` alone.
+
+        Args:
+            tensor: the tensor that is read, with values.
+            axes: axes of the rank of ``tensor``.
+            dim: a dimension. The values of a unit are what ``tensor`` holds at its index of ``dim``, without that
+                dimension.
+        """
         closed = self.tracer.closed
         for axis in axes if closed is not None else []:
             if closed is None or varying(axis) != {dim}:
@@ -186,8 +201,8 @@ class Call:
 
 
 def _user_line(frame: FrameType | None) -> str:
-    """The "file:line" of the innermost frame in code of neither torch, the standard library nor this package; ""
-    without one.
+    """Return "file:line" of the innermost frame in code of neither torch, the standard library nor this package; "" if
+    there is none.
     """
     while frame is not None:
         path = frame.f_code.co_filename

@@ -36,9 +36,15 @@ class Group:
 
 
 def readable(units: Units, parameters: Iterable[str]) -> list[int]:
-    """The classes which may be cut and which only dimensions of ``parameters`` read.
+    """Return the classes that may be cut and that are read by dimensions of ``parameters`` alone.
 
-    With these dimensions zeroed, such a class has no effect on the output.
+    If these dimensions are zeroed for such a class, it has no effect on the output.
+
+    Args:
+        units: the partition of the model's units into classes.
+        parameters: the names of the parameters that may have gates.
+
+    Returns: the classes, in increasing order.
     """
     known = set(parameters)
     elsewhere = np.zeros(len(units.label), bool)  # classes that something else reads too
@@ -88,9 +94,9 @@ def groups(units: Units, classes: Iterable[int]) -> list[Group]:
 
 
 def _kinds(units: Units) -> Ints:
-    """A number for each class: the same for classes with equally many indices in the same dimensions.
+    """Number the classes so that two have the same number if they have equally many indices in the same dimensions.
 
-    Returns: int64 (largest class + 1,).
+    Returns: int64 (largest class + 1,), the number of each class.
     """
     kinds: Ints = np.zeros(int(units.label.max(initial=0)) + 1, np.int64)
     used = 1
@@ -105,10 +111,18 @@ def _kinds(units: Units) -> Ints:
 
 
 def share_of_macs(units: Units, classes: Iterable[int], modules: Collection[str] = ()) -> float:
-    """How much of the model's work gates on ``classes`` can reach, as a share of its multiply-accumulates.
+    """Return how much of the model's work gates on ``classes`` can reach, as a share (0 to 1) of its
+    multiply-accumulates.
 
     A product (a matrix product or convolution) counts in full if a dimension of it has an index of ``classes``, or if
-    it runs in one of ``modules`` (names) or inside one. 0 for a model without products.
+    it runs in one of ``modules`` or inside one.
+
+    Args:
+        units: the partition of the model's units into classes.
+        classes: the classes with gates.
+        modules: names of modules whose products count in any case.
+
+    Returns: the share; 0 for a model without products.
     """
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)
@@ -121,14 +135,20 @@ def share_of_macs(units: Units, classes: Iterable[int], modules: Collection[str]
 
 
 def is_inside(name: str, names: Iterable[str]) -> bool:
-    """Whether the module ``name`` is one of ``names`` or inside one of them."""
+    """Return whether the module called ``name`` is one of the modules called ``names``, or inside one of them."""
     return any(name == outer or name.startswith(f"{outer}.") for outer in names)
 
 
 def left_at_half(units: Units, classes: Iterable[int]) -> float:
-    """The share of the model's multiply-accumulates that is left if half of ``classes`` are cut.
+    """Return the share (0 to 1) of the model's multiply-accumulates that is left if half of ``classes`` are cut.
 
     It is assumed that each dimension of a product loses half of its indices that belong to ``classes``.
+
+    Args:
+        units: the partition of the model's units into classes.
+        classes: the classes of which half are cut.
+
+    Returns: the share; 1 for a model without products.
     """
     cut = units.among(classes)
     total = sum(product.macs for product in units.products)

@@ -1,4 +1,8 @@
-"""Whole numbers that modules keep in attributes, alone or in tuples and lists."""
+"""Whole numbers that modules keep in attributes, alone or in tuples and lists: read them and set them.
+
+A number has the name of its attribute, or of the attribute and a place: "shape.0" is the first number of the tuple
+``shape``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import nn
 
 
 def numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """(attribute, value) of the whole numbers that a module keeps, alone or in a tuple whose other numbers are 1.
+    """Yield (attribute, value) of the whole numbers that a module keeps, alone or in a tuple whose other numbers are 1.
 
     "shape.0" is the first number of the tuple ``shape``.
     """
@@ -21,7 +25,9 @@ def numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def kept_numbers(module: nn.Module) -> dict[str, int]:
-    """attribute -> value of the whole numbers that a module keeps, alone or in tuples and lists of such numbers."""
+    """Return attribute -> value for all whole numbers that a module keeps, alone or in tuples and lists of such
+    numbers.
+    """
     kept: dict[str, int] = {}
     for attribute, value in vars(module).items():
         if type(value) is int:
@@ -32,7 +38,9 @@ def kept_numbers(module: nn.Module) -> dict[str, int]:
 
 
 def number_of(module: nn.Module, attribute: str) -> int | None:
-    """The value of an attribute that has a name as in :func:`kept_numbers`; None if it is not a whole number."""
+    """Return the value of an attribute, whose name is as in :func:`kept_numbers`; None if it is not a whole number, or
+    is not there.
+    """
     name, _, at = attribute.partition(".")
     value: Any = vars(module).get(name)
     if at:
@@ -41,7 +49,11 @@ def number_of(module: nn.Module, attribute: str) -> int | None:
 
 
 def set_number(module: nn.Module, attribute: str, number: Any) -> None:
-    """Set an attribute that has a name as in :func:`kept_numbers`."""
+    """Set an attribute of ``module``, whose name is as in :func:`kept_numbers`, to ``number``.
+
+    Of a tuple or list ("shape.0") the one entry is replaced, in a new tuple or list. Trials also set values that are no
+    numbers.
+    """
     name, _, at = attribute.partition(".")
     old: Any = vars(module).get(name)
     new = [*old[: int(at)], number, *old[int(at) + 1 :]] if at else number

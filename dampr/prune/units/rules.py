@@ -1,9 +1,10 @@
 """One rule for each ATen operator: it turns a :class:`~.call.Call` into the axes of the result (a tuple of axes for
 several results).
 
-The rules of movement, indexing, contraction and reduction are in modules of their own; one table holds all rules. An
-operator without a rule is elementwise if torch tags it as pointwise; else it is decomposed if torch can do so; else it
-is opaque, and none of the units of its inputs may be cut.
+An axis (:mod:`.axes`) is an int64 tensor that holds the unit of each index along some dimensions of a tensor. The rules
+of movement, indexing, contraction and reduction are in modules of their own; one table holds all rules. An operator
+without a rule is elementwise if torch tags it as pointwise; else it is decomposed if torch can do so; else it is
+opaque, and none of the units of its inputs may be cut.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _TABLE: dict[str, Rule] = {}
 
 
 def base_name(func: Any) -> str:
-    """The operator's name without namespace, overload and the underscore of its in-place form."""
+    """Return the operator's name without namespace, overload and the underscore of its in-place form."""
     return str(func._schema.name).split("::")[1].rstrip("_")
 
 
@@ -41,14 +42,14 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 
 
 def of(func: Any, name: str) -> Rule | None:
-    """The rule of an operator; None if there is none."""
+    """Return the rule of the operator ``func``, whose :func:`base_name` is ``name``; None if there is none."""
     if name in _TABLE:
         return _TABLE[name]
     return elementwise if torch.Tag.pointwise in func.tags else None
 
 
 def parts_of(func: Any) -> Callable[..., Any] | None:
-    """A function that computes what an operator does by operators that it consists of; None if torch has none.
+    """Return a function that computes what an operator does by operators that it consists of; None if torch has none.
 
     Gradients that no rule is for, which models that compute forces call in their forward, are in torch's table of
     decompositions. It takes a second to load.
@@ -68,16 +69,20 @@ def parts_of(func: Any) -> Callable[..., Any] | None:
 def _trilinear(
     a: Tensor, weight: Tensor, b: Tensor, new_a: list[int], new_weight: list[int], new_b: list[int], over: list[int]
 ) -> Tensor:
-    """The operator ``_trilinear``, of which ``torch.nn.functional.bilinear`` is made: (a * weight * b).sum(over).
+    """Compute the operator ``_trilinear``, of which ``torch.nn.functional.bilinear`` is made: (a * weight *
+    b).sum(over).
 
-    ``new_a``, ``new_weight``, ``new_b``: the dimensions of size 1 that each tensor gets before the product.
+    Args:
+        a, weight, b: the factors.
+        new_a, new_weight, new_b: for each factor, the dimensions of size 1 that it gets before the product.
+        over: the dimensions to sum over.
     """
     product = functools.reduce(Tensor.unsqueeze, new_a, a) * functools.reduce(Tensor.unsqueeze, new_weight, weight)
     return (product * functools.reduce(Tensor.unsqueeze, new_b, b)).sum(over)
 
 
 def operand(call: Call, tensor: Tensor) -> tuple[Marks, list[int]] | None:
-    """(marks, shape) of one tensor, as :meth:`~.ledger.Ledger.meet` takes them; None for a tensor without units.
+    """Return (marks, shape) of one tensor, as :meth:`~.ledger.Ledger.meet` takes them; None for a tensor without units.
 
     A dimension along which the tensor was expanded has size 1 in the shape.
     """
@@ -93,7 +98,7 @@ _FACTORS = ("mul", "div", "true_divide")  # operators whose result is 0 where th
 
 
 def _decisive_last(call: Call) -> list[Tensor]:
-    """The operands of an elementwise operator that computes a weight from other weights, ordered for
+    """Order the operands of an elementwise operator that computes a weight from other weights, for
     :meth:`~.ledger.Ledger.meet`.
 
     The last operand decides to which units the columns of the result belong: the parameter if a buffer masks it, the
@@ -109,8 +114,8 @@ def _decisive_last(call: Call) -> list[Tensor]:
 
 
 def scaled_weight(call: Call) -> Tensor | None:
-    """The factor of an elementwise product that is a weight with several dimensions of units, or such a weight times
-    activations (:class:`~.ledger.Marks`); None if no factor is.
+    """Return the factor of an elementwise product that is a weight with several dimensions of units, or such a weight
+    times activations (:class:`~.ledger.Marks`); None if no factor is.
     """
     if call.name != "mul":
         return None
@@ -130,11 +135,15 @@ def write(call: Call, tensors: Iterable[Any]) -> None:
 
 
 def meet_constants(call: Call, tensor: Tensor, axes: Axes, places: Sequence[int]) -> Axes:
-    """Record that a tensor meets ``axes`` elementwise, if it is constant: units along which it differs stay.
+    """Record that a tensor meets ``axes`` elementwise, if it is constant: units along which it differs must not be cut.
 
-    ``places``: for each dimension of the axes, that of ``tensor``; negative where ``tensor`` has none.
+    Args:
+        call: the call that combines them.
+        tensor: the tensor. Nothing is recorded if it has units of its own, or holds whole numbers or booleans.
+        axes: the axes of the result.
+        places: for each dimension of the axes, that of ``tensor``; negative where ``tensor`` has none.
 
-    Returns: the axes along which the constants are the same.
+    Returns: the axes along all of whose changing dimensions the constants have more than one entry, all of them equal.
     """
     taken: Axes = []
     if call.of(tensor) is not None or not (tensor.is_floating_point() or tensor.is_complex()):
@@ -204,13 +213,20 @@ def nothing(call: Call) -> Axes:
 
 @rule("copy")
 def copied(call: Call) -> Axes:
-    """The rule of ``copy``: the result has the units of the source."""
+    """The rule of ``copy``: the result has the units of the source, which is broadcast to the target."""
     target = call.args[0]
     return [at_rank(axis, target.dim()) for axis in call.axes(call.args[1])]
 
 
 def opaque(call: Call, what: str = "of which nothing is known") -> Axes | tuple[Axes, ...]:
-    """The rule of unknown operators: no unit of an input may be cut, and the result has no units."""
+    """The rule of unknown operators: no unit of an input may be cut, and the result has no units.
+
+    Args:
+        call: the call.
+        what: what is said of the operator in the reason.
+
+    Returns: an empty list of axes for each result.
+    """
     if isinstance(call.out, (bool, int, float)):
         return []  # it asks something of tensors
     for marks in call.marks:

@@ -1,5 +1,7 @@
 """Numbers that code keeps beside its parameters (``num_heads``, ``all_head_size``): which of them follow a width, and
 their new values.
+
+A place is a dimension of a parameter or buffer, (name, dimension).
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Size(NamedTuple):
     start: int = 0
 
     def after(self, gone: Iterable[int]) -> int:
-        """The value of the attribute when these indices of the dimension are cut."""
+        """Return the value of the attribute when the indices ``gone`` of the dimension are cut."""
         lost = sum(self.start <= index < self.start + self.width for index in gone)
         return self.before * (self.width - lost) // self.width
 
@@ -64,6 +66,13 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
     An attribute is found if code takes a part of a dimension by it, or if it is a whole number of a module that is no
     ``torch.nn`` layer, and equals the size of a dimension that loses some of ``classes``, half or a third of that size,
     or the number of classes in the dimension. The caller has to check that the model still runs and computes the same.
+
+    Args:
+        model: the whole model; not changed.
+        units: its partition into classes.
+        classes: the classes that are to be cut.
+
+    Returns: the guesses; those from parts that code takes come first, those of norms without parameters last.
     """
     cut = set(classes)
     pieces = {(size.module, size.attribute): size for size in reversed(list(_of_pieces(units, cut)))}
@@ -88,7 +97,7 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
 
 
 def _of_pieces(units: Units, cut: set[int]) -> Iterator[Size]:
-    """The attributes by which code takes a part of a dimension that loses some of the classes ``cut``."""
+    """Yield the attributes by which code takes a part of a dimension that loses some of the classes ``cut``."""
     for module, attribute, piece in units.pieces:
         if cut.isdisjoint(units.label[piece].tolist()):
             continue
@@ -98,7 +107,15 @@ def _of_pieces(units: Units, cut: set[int]) -> Iterator[Size]:
 
 
 def _place(units: Units, piece: Ints) -> tuple[str, int, int] | None:
-    """(parameter or buffer, dimension, index) where these units in order stand side by side; None if they do not."""
+    """Find where the units of ``piece``, in this order, stand side by side in a parameter or buffer. Units of the same
+    class count as equal.
+
+    Args:
+        units: the partition of the model's units into classes.
+        piece: int64 (n,), units in order.
+
+    Returns: (parameter or buffer, dimension, index of the first unit); None if they stand side by side nowhere.
+    """
     labels = units.label[piece]
     for name, dims in units.origin.items():
         for dim, first, size in dims:
@@ -112,9 +129,14 @@ def _place(units: Units, piece: Ints) -> tuple[str, int, int] | None:
 
 
 def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int]) -> Iterator[Size]:
-    """The attributes of norms without parameters that hold the number of their channels or groups.
+    """Yield the attributes of norms without parameters that hold the number of their channels or groups.
 
     A norm that is applied to several widths is left out, because these may lose different numbers of channels.
+
+    Args:
+        model: the whole model.
+        units: its partition into classes.
+        sizes: (name, dimension) -> size, of the dimensions that lose some classes.
     """
     seen: dict[str, list[tuple[list[int], int]]] = {}
     for name, normed, groups in (*units.normed, *((name, normed, 0) for name, normed in units.counted if name)):
@@ -142,7 +164,15 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
 def _matches(
     value: int, places: list[tuple[str, int]], sizes: dict[tuple[str, int], int], counts: dict[tuple[str, int], int]
 ) -> Iterator[tuple[str, int]]:
-    """The dimensions (name, dim) whose size may explain an attribute of this ``value``, the most likely first."""
+    """Yield the dimensions whose size may explain an attribute with this ``value``, the most likely first.
+
+    Args:
+        value: the value of the attribute.
+        places: (name, dimension) of the dimensions to choose from, in the order in which equally likely ones are
+            yielded.
+        sizes: (name, dimension) -> its size.
+        counts: (name, dimension) -> its number of classes, which is smaller than the size where whole heads are cut.
+    """
     yield from (place for place in places if sizes[place] == value)
     # the width of a head does not change with their number
     if not any(sizes[place] == value * counts[place] for place in places):
@@ -156,7 +186,10 @@ def _matches(
 def follow(model: nn.Module, sizes: Iterable[Size], gone: Mapping[str, Mapping[int, Iterable[int]]]) -> Numbers:
     """Set the attributes in ``sizes`` to what is left of their widths.
 
-    ``gone``: name of a tensor -> dimension -> the indices that were cut.
+    Args:
+        model: the smaller model; changed in place.
+        sizes: the attributes.
+        gone: name of a tensor -> dimension -> the indices that were cut.
 
     Returns: module -> attribute -> its new value, for those that changed.
     """
