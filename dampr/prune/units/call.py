@@ -64,7 +64,8 @@ class Call:
         return output
 
     def arg(self, name: str, default: Any = None) -> Any:
-        """Return the argument called ``name`` in the operator's schema; ``default`` if the schema has no such argument.
+        """Return the argument called ``name`` in the operator's schema; ``default`` if the schema has none of that
+        name.
         """
         for at, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
@@ -83,14 +84,12 @@ class Call:
         return marks.axes if marks is not None else []
 
     def is_weight(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is made of parameters and buffers alone, or is a constant with one value everywhere.
-        """
+        """Return whether a tensor is made of parameters and buffers alone, or is a constant with one value."""
         marks = self.of(tensor)
         return (tensor.numel() == 1 or id(tensor) in self.tracer.uniform) if marks is None else marks.weight
 
     def numbers(self) -> list[Any]:
-        """Return the numbers that an elementwise operator was given beside tensors; an empty list for other operators.
-        """
+        """Return the numbers that an elementwise operator was given beside tensors; [] for other operators."""
         if torch.Tag.pointwise not in self.func.tags:
             return []
         return [

@@ -1,7 +1,10 @@
 """The ledger: a record of what the operators of a model say about its units.
 
 Rules write into it (:mod:`.rules`), and :mod:`.partition` solves it. In this module, an axis is an int64 tensor that
-holds the unit of each index of some dimensions; its other dimensions have size 1.
+holds the unit of each index of some dimensions; its other dimensions have size 1. ``varying(axis)`` are the dimensions
+with a size above 1, along which its units change.
+
+Most records end in a :class:`Reason`, why the units cannot be cut if it comes to that.
 """
 
 from __future__ import annotations
@@ -73,17 +76,22 @@ class Where(Protocol):
     """The operator call that writes into the ledger."""
 
     def why(self, kind: str, text: str) -> Reason:
-        """A reason that names this operator, its module and the line that ran it."""
+        """Make a reason that names this operator, its module and the line that ran it.
+
+        Args:
+            kind: one of the kinds that :class:`Reason` lists.
+            text: the reason in words.
+        """
 
     def module_name(self) -> str:
-        """The name of the module that runs this operator."""
+        """Return the name of the module that runs this operator."""
 
 
 @dataclass(frozen=True)
 class Split:
     """A view that broke a dimension into the dimensions ``dims`` of ``axis``.
 
-    Along which of these units may be cut is decided when the whole ledger is known.
+    Which one of these dimensions may lose indices is decided when the whole ledger is known.
     """
 
     axis: Tensor
@@ -178,7 +186,12 @@ class Ledger:
 
     @classmethod
     def of(cls, model: nn.Module, within: Iterable[str] = ()) -> Ledger:
-        """Fresh units for every parameter and buffer of ``model``."""
+        """Make a ledger with fresh units for every parameter and buffer of ``model``.
+
+        Args:
+            model: the model; not changed.
+            within: names of the weights of grouped convolutions whose groups all lose the same number of channels.
+        """
         kept = {name: kept_numbers(module) for name, module in model.named_modules()}
         ledger = cls(within=frozenset(within), kept=kept)
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -191,7 +204,9 @@ class Ledger:
         return ledger
 
     def _label(self, name: str, tensor: Tensor) -> Axes:
-        """Axes with fresh units for a parameter or buffer, one for each dimension longer than 1."""
+        """Give fresh units to a parameter or buffer and enter them into ``origin``; returns its axes, one for each
+        dimension longer than 1.
+        """
         axes, self.origin[name] = [], []
         for dim, size in enumerate(tensor.shape):
             if size > 1:
@@ -200,22 +215,22 @@ class Ledger:
         return axes
 
     def fresh(self, *shape: int) -> Tensor:
-        """An axis of this shape with new units."""
+        """Make an axis of this shape with new units, and count these."""
         first, self.count = self.count, self.count + math.prod(shape)
         return torch.arange(first, self.count).reshape(shape)
 
     def checkpoint(self) -> tuple[list[int], dict[str, set[bool]]]:
-        """The state of the ledger, for :meth:`back_to`."""
+        """Return the state of the ledger, for :meth:`back_to`: the lengths of its lists, and ``reached``."""
         return [len(part) for part in self._parts()], {name: set(modes) for name, modes in self.reached.items()}
 
     def back_to(self, mark: tuple[list[int], dict[str, set[bool]]]) -> None:
-        """Remove what was written since a checkpoint, because a run that failed says nothing."""
+        """Remove what was written since the checkpoint ``mark``, because a run that failed says nothing."""
         for part, length in zip(self._parts(), mark[0], strict=True):
             del part[length:]
         self.reached = mark[1]
 
     def _parts(self) -> list[list[Any]]:
-        """All lists of the ledger to which rules append."""
+        """Return all lists of the ledger to which rules append."""
         return [
             self.unions,
             self.blocks,
@@ -239,21 +254,24 @@ class Ledger:
     # records that rules make
     # ----------------------------------------------------------------------------------------------------------------
     def unite(self, a: Tensor, b: Tensor, call: Where) -> None:
-        """Record that the units at the same place of two axes, broadcast, are one unit."""
+        """Record that the units at the same place of the axes ``a`` and ``b``, broadcast, are one unit. ``call`` is the
+        operator.
+        """
         self.unions.append((_pairs(a, b), call.why("constants", "its channels meet elements that belong to no layer")))
 
     def contain(self, outer: Tensor, inner: Tensor, call: Where) -> None:
         """Record that each unit of ``outer`` runs along several units of ``inner`` and can be cut only with all of
         these.
 
-        For example one head (outer) runs along all its channels (inner).
+        For example one head (outer) runs along all its channels (inner). The two axes are broadcast. ``call`` is the
+        operator.
         """
         self.blocks.append(
             (_pairs(outer, inner), call.why("mixed", "several sets of channels have one unit between them"))
         )
 
     def fix(self, axes: Tensor | Iterable[Tensor], why: Reason) -> None:
-        """Record that no unit of these axes may be cut."""
+        """Record that no unit of ``axes``, one axis or several, may be cut; ``why`` is the reason."""
         for axis in [axes] if isinstance(axes, Tensor) else axes:
             self.fixed.append((line(axis), why))
 
@@ -262,7 +280,13 @@ class Ledger:
         dimensions may go.
 
         The units themselves are fixed if they change along no other dimension. Else some may go at each index: whole
-        heads, where constants differ within a head. ``text`` says what meets them.
+        heads, where constants differ within a head.
+
+        Args:
+            axis: the axis.
+            dims: the dimensions along which the values differ.
+            text: what meets the units, in words.
+            call: the operator.
         """
         why = call.why("constants", text)
         if varying(axis) <= dims:
@@ -273,18 +297,24 @@ class Ledger:
             self.contain(index, axis, call)
 
     def statistic(self, axis: Tensor, call: Where) -> None:
-        """Record that these units may be cut only if the statistic that ``call`` computes counts open units alone."""
+        """Record that the units of ``axis`` may be cut only if the statistic that ``call`` computes counts open units
+        alone.
+        """
         self.statistics.append((line(axis), call.why("statistic", "a statistic is computed over its channels")))
         self.counted.append((call.module_name(), line(axis)))
 
     # parts that several rules share
     # ----------------------------------------------------------------------------------------------------------
     def meet(self, shape: Sequence[int], operands: Sequence[tuple[Marks, Sequence[int]]], call: Where) -> Axes:
-        """The axes of an elementwise result of this shape.
+        """Combine operands of an elementwise operator, and return the axes of its result.
 
-        operands: (marks, shape) of each operand; all are broadcast to ``shape``. Units of different operands at the
-        same place become one. Axes of one operand do not meet each other, and an operand that is broadcast along a
-        dimension is not united with what varies there.
+        Units of different operands at the same place become one. Axes of one operand do not meet each other, and an
+        operand that is broadcast along a dimension is not united with what varies there.
+
+        Args:
+            shape: the shape of the result.
+            operands: (marks, shape) of each operand with units; all are broadcast to ``shape``.
+            call: the operator.
         """
         rank = len(shape)
         padded = [
@@ -307,9 +337,14 @@ class Ledger:
         return out
 
     def _among(self, axis: Tensor, others: Axes, call: Where) -> tuple[Tensor, Axes]:
-        """(the axis of the result for ``axis``, the axes in ``others`` that did not meet it).
+        """Let an axis of one operand meet the axes of the other operands, and record what becomes one.
 
-        ``others`` are axes of the other operands.
+        Args:
+            axis: an axis of one operand.
+            others: the axes of the other operands, with the same rank.
+            call: the operator.
+
+        Returns: (the axis of the result, the axes in ``others`` that did not meet it).
         """
         unmet, has_met, original = [], False, axis
         for other in others:
@@ -330,7 +365,8 @@ class Ledger:
         return axis, unmet
 
     def _share(self, a: Tensor, b: Tensor, call: Where) -> None:
-        """Record that two axes change along some of their dimensions together, and along others each alone.
+        """Record that the axes ``a`` and ``b`` change along some of their dimensions together, and along others each
+        alone.
 
         One index of the common dimensions, a head say, goes with all units of both there.
         """
@@ -344,7 +380,7 @@ class Ledger:
         """Record that weights are added (or combined in another way but a product) into one weight, element by element.
 
         An element of the result is sure to be 0 only if the elements of all operands are, so if one operand has gates
-        on its columns, the others must have them too.
+        on its columns, the others must have them too. ``operands``: the axes of each weight, all of one rank.
         """
         for i, axes in enumerate(operands):
             self.beside += [
@@ -352,7 +388,13 @@ class Ledger:
             ]
 
     def norm_of(self, factors: Iterable[Axes], dims: set[int], call: Where) -> None:
-        """Record a norm of weights: a sum over ``dims`` of products of the elements of ``factors`` at one place."""
+        """Record a norm of weights: a sum over ``dims`` of products of the elements of ``factors`` at one place.
+
+        Args:
+            factors: the axes of each factor, all of one rank.
+            dims: the dimensions of the sum. Axes that change along other dimensions are left out.
+            call: the operator.
+        """
         lines: dict[frozenset[int], list[Ints]] = {}
         for axis in (axis for axes in factors for axis in axes if varying(axis) and varying(axis) <= dims):
             lines.setdefault(frozenset(varying(axis)), []).append(line(axis))
@@ -362,11 +404,16 @@ class Ledger:
         ]
 
     def reduce(self, axes: Axes, dims: set[int], keepdim: bool, kind: str, call: Where) -> Axes:
-        """The axes after a reduction over ``dims``.
+        """Record a reduction over ``dims``, and return the axes of its result.
 
-        ``kind`` says what the reduction does: "weighed", a sum of products with a weight; "sum", a sum, to which units
-        of zeros add nothing; "noted", a sum that :meth:`norm_of` has recorded; "statistic", such as a mean; "mixed",
-        anything else.
+        Args:
+            axes: the axes of the tensor that is reduced.
+            dims: the dimensions that are reduced, as numbers from 0 on.
+            keepdim: whether these stay, with size 1.
+            kind: what the reduction does: "weighed", a sum of products with a weight; "sum", a sum, to which units of
+                zeros add nothing; "noted", a sum that :meth:`norm_of` has recorded; "statistic", such as a mean;
+                "mixed", anything else.
+            call: the operator.
         """
         out = []
         for axis in axes:
@@ -395,8 +442,10 @@ class Ledger:
         return [axis.reshape([axis.shape[d] for d in kept_dims]) for axis in out]
 
     def _rows(self, axis: Tensor, stay: list[int]) -> Tensor:
-        """An axis over the dimensions ``stay``, with one fresh unit for each distinct set of units that ``axis`` has at
-        one place of them.
+        """Make an axis over the dimensions ``stay``, with one fresh unit for each distinct set of units that ``axis``
+        has at one place of them.
+
+        The dimensions of ``axis`` that are not in ``stay`` get size 1.
         """
         rows = axis.permute(*stay, *(d for d in range(axis.dim()) if d not in stay)).reshape(
             math.prod(axis.shape[d] for d in stay), -1
@@ -407,8 +456,16 @@ class Ledger:
         return units.reshape([size if d in stay else 1 for d, size in enumerate(axis.shape)])
 
     def reshape(self, axes: Axes, old: Sequence[int], new: Sequence[int], call: Where) -> Axes:
-        """The axes after a view of shape ``old`` as ``new``; a view that breaks a dimension into several is recorded as
-        a :class:`Split`.
+        """Return the axes after a view of a tensor of shape ``old`` as one of shape ``new``.
+
+        A view that breaks a dimension into several is recorded as a :class:`Split`.
+
+        Args:
+            axes: the axes of the tensor of shape ``old``.
+            old, new: the shapes before and after the view.
+            call: the operator.
+
+        Returns: the axes of the view; [] for an empty tensor, whose units are fixed.
         """
         if 0 in old:
             self.fix(axes, call.why("mixed", "its tensor is empty"))
@@ -429,12 +486,16 @@ class Ledger:
 
 
 def line(axis: Tensor) -> Ints:
-    """The units of an axis in order, int64 (n,)."""
+    """Return the units of an axis in order, int64 (n,)."""
     return axis.reshape(-1).numpy()
 
 
 def _pairs(a: Tensor, b: Tensor) -> Ints:
-    """The pairs of different units at the same place of two axes, broadcast, int64 (2, n)."""
+    """Return the pairs of different units at the same place of the axes ``a`` and ``b``, broadcast: int64 (2, n), unit
+    of ``a`` first.
+
+    Duplicates are removed where there are many pairs.
+    """
     first, second = (side.reshape(-1) for side in np.broadcast_arrays(a.numpy(), b.numpy()))
     differ = first != second
     first, second = first[differ], second[differ]

@@ -106,7 +106,9 @@ class Units:
         return dict(by_class)
 
     def places(self, classes: Iterable[int]) -> list[tuple[str, int]]:
-        """(name, dimension) of the parameters and buffers that have units of ``classes``, in order, each once."""
+        """Return (name, dimension) of the parameters and buffers that have units of ``classes``, in order, each
+        once.
+        """
         members, places = self.members, self._places
         rows = dict.fromkeys(
             places.get(class_id) or places.setdefault(class_id, _where(members[class_id])) for class_id in classes
@@ -119,8 +121,8 @@ class Units:
         return {}
 
     def classes(self, name: str, dim: int) -> list[int]:
-        """The class of each index of dimension ``dim`` of the parameter or buffer ``name``; empty for a dimension of
-        size 1.
+        """Return the class of each index of dimension ``dim`` of the parameter or buffer ``name``; [] for a dimension
+        of size 1.
 
         Raises: KeyError if the model has no floating-point tensor of that name.
         """
@@ -131,7 +133,8 @@ class Units:
         return []
 
     def first_unit(self, name: str, dim: int) -> int:
-        """The number of the first unit of a dimension; the units of a dimension are consecutive.
+        """Return the first unit of dimension ``dim`` of the parameter or buffer ``name``; the units of a dimension are
+        consecutive.
 
         Raises: KeyError for a dimension of size 1, which has no units.
         """
@@ -141,22 +144,24 @@ class Units:
         raise KeyError(f"dimension {dim} of {name!r} has one index, which is no unit")
 
     def is_column(self, name: str, dim: int) -> bool:
-        """Whether a product sums over dimension ``dim`` of the parameter ``name``, as over the columns of a weight."""
+        """Return whether a product sums over dimension ``dim`` of the parameter ``name``, as over the columns of a
+        weight.
+        """
         return self._any(self.columns, name, dim)
 
     def is_row(self, name: str, dim: int) -> bool:
-        """Whether the result of a product has a dimension for ``dim`` of the parameter ``name``, as for the rows of a
-        weight.
+        """Return whether the result of a product has a dimension for ``dim`` of the parameter ``name``, as for the rows
+        of a weight.
         """
         return self._any(self.written, name, dim)
 
     def _any(self, marked: Bools, name: str, dim: int) -> bool:
-        """Whether a unit of this dimension is in ``marked``, bool (units,)."""
+        """Return whether a unit of dimension ``dim`` of ``name`` is marked in ``marked``, bool (units,)."""
         return any(marked[first : first + size].any() for at, first, size in self.origin[self.alias[name]] if at == dim)
 
     def why_not(self, name: str, dim: int) -> Reason | None:
-        """Why some index of dimension ``dim`` of the parameter ``name`` must not be cut, or may be cut only under a
-        condition (:attr:`statistics`, :attr:`normalised`); None if all may be cut.
+        """Return why some index of dimension ``dim`` of the parameter ``name`` must not be cut, or may be cut only
+        under a condition (:attr:`statistics`, :attr:`normalised`); None if all may be cut.
 
         If several indices have reasons, the reason of the lowest index is returned. Reasons of a kind in
         :data:`NOTHING_TO_CHOOSE` are returned only if there is no other.
@@ -167,12 +172,12 @@ class Units:
         )
 
     def reason(self, class_id: int) -> Reason | None:
-        """Why class ``one`` must not be cut, or only under conditions; None if it may be cut."""
+        """Return why class ``class_id`` must not be cut, or only under conditions; None if it may be cut."""
         return self.fixed.get(class_id) or self.statistics.get(class_id) or self.normalised.get(class_id)
 
     def with_open_statistics(self, norms: Collection[str]) -> Units:
-        """A copy in which classes are free whose statistics are all computed by ``norms``, the names of modules that
-        count only open units.
+        """Return a copy in which classes are free whose statistics are all computed by ``norms``, the names of modules
+        that count only open units.
         """
         counted_open, counted_otherwise = set[int](), set[int]()
         for name, units in self.counted:
@@ -185,7 +190,7 @@ class Units:
         return replace(self, free=free, statistics=still_counted, clusters=_clusters(self.origin, self.label, free))
 
     def in_training_alone(self) -> dict[int, str]:
-        """class -> why it stays, for classes with units in a parameter that only training reads.
+        """Return class -> why it stays, for classes with units in a parameter that only training reads.
 
         Results are compared in evaluation, which would not show an error there.
         """
@@ -198,11 +203,13 @@ class Units:
         }
 
     def among(self, classes: Iterable[int]) -> Bools:
-        """Whether the class of each unit is in ``classes``: bool, (units,)."""
+        """Return whether the class of each unit is in ``classes``: bool, (units,)."""
         return _marked(len(self.label), [np.array(list(classes), np.int64)])[self.label]
 
     def indices(self, classes: Iterable[int]) -> dict[str, dict[int, list[int]]]:
-        """What is cut with ``classes``: name of a tensor -> dimension -> indices in increasing order."""
+        """Return what is cut with ``classes``: name of a tensor -> dimension -> indices in increasing order. Tensors
+        and dimensions that lose nothing are left out.
+        """
         cut = self.among(classes)
         gone: dict[str, dict[int, list[int]]] = defaultdict(dict)
         for name, dims in self.origin.items():
@@ -214,7 +221,7 @@ class Units:
 
 
 def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool, str] | None = None) -> Units:
-    """The partition that a ledger describes.
+    """Compute the partition that a ledger describes.
 
     Args:
         ledger: what the operators said.
@@ -269,10 +276,10 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
 
 
 def _factored(product: Product, label: Ints) -> Product:
-    """The product with factors in place of axes that overlap.
+    """Return the product with factors in place of axes that overlap.
 
     Dimensions along which an axis has the same classes do not count, and of axes that then are the same (keys and
-    values, of which whole heads may go) one does.
+    values, of which whole heads may go) one does. ``label``: int64 (units,), the class of each unit.
     """
     factors: dict[tuple[torch.Size, bytes], Ints] = {}
     for axis in product.overlapping:
@@ -285,9 +292,13 @@ def _factored(product: Product, label: Ints) -> Product:
 
 
 def joined(label: Ints, pairs: Ints) -> Ints:
-    """The labels after the two units of each pair have become one class, labelled by its least unit.
+    """Return the labels after the two units of each pair have become one class, labelled by its least unit.
 
-    label: int64 (units,), the class of each unit. pairs: int64 (2, n). Unit 0 stands for "no unit" and joins nothing.
+    Args:
+        label: int64 (units,), the class of each unit.
+        pairs: int64 (2, n), pairs of units. Unit 0 stands for "no unit" and joins nothing.
+
+    Returns: int64 (units,), the class of each unit; ``label`` is not changed.
     """
     a, b = pairs[:, (pairs > 0).all(0)]
     while True:
@@ -305,7 +316,11 @@ def joined(label: Ints, pairs: Ints) -> Ints:
 
 
 class _Labels:
-    """Label propagation over the constraints of a ledger; the label of a class is its least unit."""
+    """Label propagation over the constraints of a ledger.
+
+    Attributes:
+        label: int64 (units,), the class of each unit as far as it is known. The label of a class is its least unit.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.label: Ints = np.arange(ledger.count)
@@ -332,7 +347,9 @@ class _Labels:
                 return
 
     def conflicts(self) -> list[tuple[Ints, Reason]]:
-        """The outer units that run along units of several classes, and why they stay: no class fits all of these."""
+        """Return the outer units that run along units of several classes, and why they stay: no class fits all of
+        these.
+        """
         outer, low, high = self._block_ends()
         events = self._event[self._starts]
         return [(outer[at : at + 1], self._why[events[at]]) for at in np.flatnonzero(low != high)]
@@ -342,8 +359,12 @@ class _Labels:
         self.label = joined(self.label, pairs)
 
     def _block_ends(self) -> tuple[Ints, Ints, Ints]:
-        """(outer units, least class, greatest class) for each outer unit of each block, where the classes are those of
-        the inner units that it runs along.
+        """Return, for each outer unit of each block, the least and the greatest class of the inner units that it runs
+        along.
+
+        Both are the same if the outer unit runs along one class alone.
+
+        Returns: (outer units, least classes, greatest classes), int64 arrays of one length.
         """
         if not len(self._outer):
             return self._outer, self._outer, self._outer
@@ -355,13 +376,17 @@ class _Labels:
         )
 
     def _runs_along(self) -> _Blocks:
-        """The classes of outer units by the class of the inner units that they run along."""
+        """Return a lookup from the class of an inner unit to the classes of the outer units that run along it."""
         return _Blocks(_keys(self.label[self._inner], self.label[self._outer]) if self._splits else self._inner[:0])
 
     def _settle_split(self, split: Split, runs_along: _Blocks) -> None:
         """Decide along which dimension a view that splits an axis may be cut, and join the units along the others.
 
         The dimension is the one along which blocks differ (the heads of attention scores), or else the last.
+
+        Args:
+            split: the view.
+            runs_along: which classes of outer units run along which classes of inner ones.
         """
         axis = narrow(torch.from_numpy(self.label)[split.axis])
         dims = [d for d in split.dims if axis.shape[d] > 1]
@@ -382,18 +407,25 @@ class _Blocks:
         self._keys = keys
 
     def of(self, inner_class: int) -> set[int]:
-        """The classes that run along class ``one``."""
+        """Return the outer classes that run along the class ``inner_class``."""
         start, end = np.searchsorted(self._keys, [inner_class << _HALF, (inner_class + 1) << _HALF])
         return set((self._keys[start:end] & _LOW).tolist())
 
 
 def _keys(first: Ints, second: Ints) -> Ints:
-    """The distinct pairs (first, second), each packed into one int64 (first in the high bits), sorted."""
+    """Return the distinct pairs (first, second), each packed into one int64 (first in the high bits), sorted."""
     return np.unique(first << _HALF | second)
 
 
 def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: _Blocks) -> bool:
-    """Whether some unit runs along all of index 0 of ``dim`` but not along its last index."""
+    """Return whether some unit runs along all of index 0 of ``dim`` but not along its last index.
+
+    Args:
+        axis: int64, the classes along the dimensions of a tensor.
+        dim: the dimension in question, one of ``dims``.
+        dims: the dimensions into which a view split one dimension.
+        runs_along: which outer classes run along which inner ones.
+    """
     start, end, beyond = ([0] * axis.dim() for _ in range(3))
     for other in dims:
         end[other] = 0 if other == dim else axis.shape[other] - 1
@@ -403,17 +435,19 @@ def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: _
 
 
 def _where(members: list[Member]) -> tuple[tuple[str, int], ...]:
-    """(name, dimension) of each member."""
+    """Return (name, dimension) of each member."""
     return tuple((m.name, m.dim) for m in members)
 
 
 def _concatenated(parts: list[Ints]) -> Ints:
-    """Arrays of pairs, (2, n) each, as one array."""
+    """Return arrays of pairs, (2, n) each, as one array."""
     return np.concatenate(parts, 1) if parts else np.zeros((2, 0), np.int64)
 
 
 def _marked(count: int, parts: Iterable[Ints]) -> Bools:
-    """Whether each of ``count`` units, or classes, is in some part: bool, (count,). Unit 0 ("no unit") never is."""
+    """Return whether each of ``count`` units, or classes, is in some part: bool, (count,). Unit 0 ("no unit")
+    never is.
+    """
     marked = np.zeros(count, bool)
     for units in parts:
         marked[units] = True
@@ -422,9 +456,13 @@ def _marked(count: int, parts: Iterable[Ints]) -> Bools:
 
 
 def _with_beside(columns: Bools, pairs: Ints) -> Bools:
-    """Extend ``columns``, bool (units,), to the units of weights that are added to weights with columns.
+    """Extend ``columns`` to the units of weights that are added to weights with columns.
 
-    pairs: int64 (2, n), units at the same place of two such weights.
+    Args:
+        columns: bool (units,), whether each unit belongs to a contracted dimension of a weight.
+        pairs: int64 (2, n), units at the same place of two weights that are added.
+
+    Returns: bool (units,).
     """
     while True:
         more = _marked(len(columns), [pairs[:, columns[pairs].any(0)].reshape(-1)]) | columns
@@ -434,7 +472,7 @@ def _with_beside(columns: Bools, pairs: Ints) -> Bools:
 
 
 def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:
-    """The units that meet an element without a unit, and why they stay."""
+    """Return the units that meet an element without a unit, and why they stay."""
     reasons = []
     for pairs, why in ledger.unions:
         lone = pairs[:, (pairs == 0).any(0)].max(0) if pairs.shape[1] else pairs[0]
@@ -444,7 +482,12 @@ def _unlabelled(ledger: Ledger) -> list[tuple[Ints, Reason]]:
 
 
 def _of_classes(label: Ints, unit_reasons: Iterable[tuple[Ints, Reason]]) -> dict[int, Reason]:
-    """The first reason for each class, from reasons for units."""
+    """Return the first reason for each class, from reasons for units.
+
+    Args:
+        label: int64 (units,), the class of each unit.
+        unit_reasons: (units, why they must stay).
+    """
     reasons: dict[int, Reason] = {}
     for units, why in unit_reasons:
         for class_id in np.unique(label[units]).tolist():
@@ -454,12 +497,17 @@ def _of_classes(label: Ints, unit_reasons: Iterable[tuple[Ints, Reason]]) -> dic
 
 
 def _dimensions(origin: Origin) -> list[tuple[str, int, int, int]]:
-    """(name, dimension, first unit, size) of every dimension with units."""
+    """Return (name, dimension, first unit, size) of every dimension with units."""
     return [(name, *entry) for name, entries in origin.items() for entry in entries]
 
 
 def _left_alone(ledger: Ledger, label: Ints) -> Iterator[tuple[Ints, Reason]]:
-    """The units that stay, and why: those of tensors that no run read, and those of dimensions that are one unit."""
+    """Yield the units that stay, and why: those of tensors that no run read, and those of dimensions that are one unit.
+
+    Args:
+        ledger: the ledger.
+        label: int64 (units,), the class of each unit.
+    """
     for name, dim, first, size in _dimensions(ledger.origin):
         units = np.arange(first, first + size)
         if name not in ledger.reached:
@@ -476,6 +524,8 @@ def _clusters(origin: Origin, label: Ints, free: list[int]) -> list[list[int]]:
         origin: as in :class:`Units`.
         label: int64 (units,), the class of each unit.
         free: the classes to group.
+
+    Returns: the clusters, each a list of classes.
     """
     parent: Ints = np.arange(len(label))
     chains = [np.unique(label[first : first + size]) for *_, first, size in _dimensions(origin)]
