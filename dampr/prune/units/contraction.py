@@ -3,6 +3,9 @@
 In ``y = x @ w.T`` with x (B, I) and w (O, I), dimension I is contracted: column i of w reads unit i of x, so both are
 one unit. The result has the other dimensions: the units of its channels are those of the rows of w. A weight therefore
 "reads" the units of its contracted dimension and "writes" those of the others.
+
+A rule takes a call of an operator and returns the axes of its result. An axis is an int64 tensor that holds the unit of
+each index along some dimensions of a tensor, and has size 1 along all others.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ if TYPE_CHECKING:
 
 
 def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: str) -> Axes:
-    """The axes of ``einsum(f"{letters[0]},{letters[1]}->{result}", a, b)``, where "k" is the contracted dimension.
+    """Record a product of two tensors, and return the axes of its result,
+    ``einsum(f"{letters[0]},{letters[1]}->{result}", a, b)``.
 
-    Along "g", data decides which element takes part in a product: its units are fixed.
+    Letter "k" is the contracted dimension. Along "g", data decides which element takes part in a product: its units are
+    fixed.
 
     Units of both factors along "k" become one and are recorded as read by a weight, as a norm of weights (both factors
     are weights), or as summed (no factor is a weight). Units that meet constants along "k" are fixed, unless the
@@ -81,7 +86,13 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
 
 
 def _picked(call: Call, axes: Axes, letters: str) -> Axes:
-    """The axes without dimension "g" of ``own``, along which data picks; units that change along it are fixed."""
+    """Return the axes at index 0 of dimension "g", along which data picks; units that change along it are fixed.
+
+    Args:
+        call: the call.
+        axes: the axes of a factor.
+        letters: the dimensions of this factor. Without a "g" among them, the axes are returned unchanged.
+    """
     if "g" not in letters:
         return axes
     at = letters.index("g")
@@ -91,8 +102,8 @@ def _picked(call: Call, axes: Axes, letters: str) -> Axes:
 
 
 def _in_order(axis: Tensor, letters: str, order: str) -> Tensor:
-    """An axis with dimensions ``own`` as an axis with dimensions ``order``; of size 1 along letters that are not in
-    ``own``.
+    """Return an axis with dimensions ``letters`` as an axis with dimensions ``order``; it has size 1 along letters that
+    are only in ``order``.
     """
     moved = axis.permute(sorted(range(len(letters)), key=lambda i: order.index(letters[i])))
     sizes = iter(moved.shape)
@@ -103,7 +114,10 @@ def _note_sides(call: Call, axes: Axes, result_rank: int) -> None:
     """Record what a weight reads (units along contracted dimensions, which are columns) and what it writes (all
     others).
 
-    The first ``left`` dimensions of the axes are those of the result; the contracted ones follow.
+    Args:
+        call: the call.
+        axes: the axes of the weight, with the dimensions of the result first and the contracted ones after them.
+        result_rank: the number of dimensions of the result.
     """
     for axis in axes:
         if any(dim >= result_rank for dim in varying(axis)):
@@ -114,7 +128,13 @@ def _note_sides(call: Call, axes: Axes, result_rank: int) -> None:
 
 
 def _with_bias(call: Call, axes: Axes, bias: Any) -> Axes:
-    """The axes of a product's result after a bias is added; the bias writes the units that it meets."""
+    """Return the axes of a product's result after a bias is added; the bias writes the units that it meets.
+
+    Args:
+        call: the call of the product, bias included.
+        axes: the axes of the product without the bias.
+        bias: the bias. If it is None or a constant, ``axes`` are returned.
+    """
     marks = call.of(bias)
     if marks is None:
         return axes
@@ -124,8 +144,10 @@ def _with_bias(call: Call, axes: Axes, bias: Any) -> Axes:
 
 
 def _letters(a: Tensor, b: Tensor) -> tuple[tuple[str, str], str]:
-    """((letters of a, letters of b), letters of the result) of a matrix product of tensors with one to three
-    dimensions.
+    """Name the dimensions of a matrix product of two tensors with one to three dimensions, as :func:`product` takes
+    them.
+
+    Returns: ((letters of a, letters of b), letters of the result).
     """
     a_letters, b_letters = {1: "k", 2: "mk", 3: "bmk"}[a.dim()], {1: "k", 2: "kn", 3: "bkn"}[b.dim()]
     return (a_letters, b_letters), "".join(dict.fromkeys(a_letters + b_letters)).replace("k", "")
@@ -168,11 +190,16 @@ def _grouped_matrix(call: Call) -> Axes:
 
 
 def _in_blocks(call: Call, tensor: Tensor, dim: int) -> None:
-    """Unite the units along ``dim``, a negative number, in blocks of consecutive ones, so that whole blocks are cut.
+    """Unite the units along a dimension in blocks of consecutive ones, so that whole blocks are cut.
 
     A kernel that wants rows of a multiple of 16 bytes would refuse other sizes. A block has 8 units (16 bytes in half
     precision) if the size is a multiple of 8, else as many as have 16 bytes. If these do not divide the size, nothing
     is united.
+
+    Args:
+        call: the call.
+        tensor: a factor.
+        dim: the dimension, a negative number.
     """
     size, at = tensor.shape[dim], tensor.dim() + dim
     run = 8 if size % 8 == 0 else max(1, 16 // tensor.element_size())
@@ -212,9 +239,9 @@ def _embedding_bag(call: Call) -> tuple[Axes, ...]:
 
 
 def _columns_of_rows(call: Call, rank: int) -> Axes:
-    """The axes of a result of ``rank`` dimensions whose last one has the columns of the weight of an embedding.
+    """Return the axes of a result of ``rank`` dimensions whose last one has the columns of the weight of an embedding.
 
-    Data picks the rows, so their units are fixed.
+    The weight is the first argument of the call. Data picks its rows, so their units are fixed.
     """
     out = []
     for axis in call.axes(call.args[0]):
@@ -252,7 +279,15 @@ def _convolution_backward(call: Call) -> Axes | tuple[Axes, ...]:
 
 
 def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed: bool) -> Axes:
-    """The axes of a convolution of ``tensor`` with ``weight``, the first result of ``call``."""
+    """Record a convolution, and return the axes of its result.
+
+    Args:
+        call: the call, whose first result the convolution is.
+        tensor: the input, (B, C, ...).
+        weight: the weight, (O, C / groups, ...), or (C, O / groups, ...) if ``transposed``.
+        bias: the bias, (O,), or None.
+        transposed: whether this is a transposed convolution.
+    """
     groups, rank, out = call.arg("groups", 1), tensor.dim(), call.first
     read, written = _weight_sides(call, weight, transposed)
     batch, channels = _image_axes(call, tensor)
@@ -294,10 +329,18 @@ def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed
 
 
 def _weight_sides(call: Call, weight: Tensor, transposed: bool) -> tuple[Axes, Axes]:
-    """(what the weight of a convolution reads, what it writes): units in order, a one-dimensional tensor for each axis.
+    """Return what the weight of a convolution reads and what it writes, in the order of its dimensions.
 
     Of a weight (O, I, kh, kw), I is read and O written; of a transposed convolution's (I, O, kh, kw) the reverse. Units
     along the kernel's height and width are fixed.
+
+    Args:
+        call: the call.
+        weight: the weight.
+        transposed: whether the convolution is transposed.
+
+    Returns: (units that are read, units that are written), for each side a list of int64 tensors of one dimension, one
+    for each axis.
     """
     sides: tuple[Axes, Axes] = [], []
     for axis in call.axes(weight):
@@ -311,8 +354,9 @@ def _weight_sides(call: Call, weight: Tensor, transposed: bool) -> tuple[Axes, A
 
 
 def _image_axes(call: Call, tensor: Tensor) -> tuple[Axes, Axes]:
-    """(axes along the batch, axes along channels) of the input of a convolution; units along other dimensions are
-    fixed.
+    """Split the axes of the input of a convolution; units along other dimensions than the first two are fixed.
+
+    Returns: (axes along the batch, axes along the channels).
     """
     batch, channels = [], []
     for axis in call.axes(tensor):
@@ -326,10 +370,16 @@ def _image_axes(call: Call, tensor: Tensor) -> tuple[Axes, Axes]:
 
 
 def _differs_by_sample(call: Call, weight: Tensor, channels: Axes, width: int, first: Axes, groups: int) -> bool:
-    """Whether the groups of a convolution are samples, each with a weight of its own that code computes for it (as in
-    StyleGAN): what the groups read and write are the same units, again and again.
+    """Return whether the groups of a convolution are samples, each with a weight of its own that code computes for it
+    (as in StyleGAN): what the groups read and write are the same units, again and again.
 
-    ``width``: the number of channels of all groups. ``first``: the units of the weight's first dimension.
+    Args:
+        call: the call.
+        weight: the weight; a parameter or buffer has the same values for all samples, so the answer is then False.
+        channels: the axes of the input that change along its channels.
+        width: the number of channels of all groups.
+        first: the units of the weight's first dimension, which runs over all groups, for each of its axes.
+        groups: the number of groups.
     """
     if call.tracer.name_of(weight) is not None or not first:
         return False
@@ -362,9 +412,10 @@ def _read_all(call: Call, size: list[int], known: bool, channels: Axes, read: Ax
 
 
 def _within(call: Call, weight: Tensor) -> bool:
-    """Whether each group of a convolution loses the same channels, while no group goes as a whole (``ledger.within``).
+    """Return whether each group of a convolution loses the same channels, while no group goes as a whole
+    (``ledger.within``).
 
-    Notes the weight in ``ledger.in_groups`` if its groups have several channels, so that this way can be tried.
+    The weight is noted in ``ledger.in_groups`` if its groups have several channels, so that this way can be tried.
     """
     name = call.tracer.name_of(weight)
     if name is not None and weight.shape[1] > 1:
@@ -381,7 +432,16 @@ def _read_within_groups(
     With 6 input channels in 2 groups, channels 0 and 3 are one unit, 1 and 4, 2 and 5. The dimension of the weight that
     runs over all groups is united so; the other one holds a single group and is repeated.
 
-    Returns: the units that are written, one for each output channel.
+    Args:
+        call: the call of a convolution.
+        tensor: its input, (B, C, ...).
+        channels: the axes of the input that change along C.
+        read: the units that the weight reads, for each of its axes a tensor of one dimension.
+        written: the units that it writes, likewise.
+        groups: the number of groups.
+        transposed: whether the convolution is transposed, so that what it reads runs over all groups.
+
+    Returns: the units that are written, one for each output channel, for each axis.
     """
     ledger, width, rank = call.ledger, tensor.shape[1], tensor.dim()
     # ``first``: units of the weight's dimension that runs over all groups; ``last``: of the one that holds one group
@@ -407,7 +467,10 @@ def _read_in_groups(
 
     The weight's dimension that holds the channels within a group is fixed.
 
-    Returns: the units that are written, one for each output channel.
+    Args:
+        call, tensor, channels, read, written, groups, transposed: as for :func:`_read_within_groups`.
+
+    Returns: the units that are written, one for each output channel, for each axis.
     """
     ledger, within = call.ledger, call.why("split", "it lies within a group of a convolution")
     block = ledger.fresh(groups, 1)

@@ -1,5 +1,9 @@
 """Rules of operators that read or write where an index tensor or a mask says (``x[i]``, ``gather``, ``scatter``,
 ``masked_scatter``). The trace does not know what these hold.
+
+A rule takes a call of an operator and returns the axes of its result. An axis is an int64 tensor that holds the unit of
+each index along some dimensions of a tensor. A dimension is "picked" if an index tensor or a mask says which of its
+indices are taken.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ def _index(call: Call) -> Axes:
 
 
 def _indexed(call: Call) -> set[int]:
-    """The dimensions of the first argument that an index picks from."""
+    """Return the dimensions of the first argument that an index picks from."""
     tensor = call.args[0]
     if call.name not in ("index", "index_put"):
         return {call.args[1] % max(tensor.dim(), 1)}
@@ -57,14 +61,14 @@ def _indexed(call: Call) -> set[int]:
 
 
 def _placed(call: Call, axis: Tensor, hit: set[int]) -> Tensor:
-    """The axis in the shape of the result of ``tensor[indices]``.
+    """Return an axis in the shape of the result of ``tensor[indices]``.
 
     Dimensions that come from the indices stand where the first picked dimension was if the picked ones are neighbours,
     else in front.
 
     Args:
         call: the call.
-        line: the axis at index 0 of every picked dimension.
+        axis: an axis of ``tensor``, at index 0 of every picked dimension.
         hit: the picked dimensions.
     """
     rest = [d for d in range(axis.dim()) if d not in hit]
@@ -106,7 +110,7 @@ def _put(call: Call) -> Axes | tuple[Axes, ...]:
 
 
 def _meet_rows(call: Call, value: Tensor, hit: set[int], at: int, new: int) -> Axes | tuple[Axes, ...]:
-    """The axes after ``value`` was written at the indices of the first argument that data picks.
+    """Return the axes after ``value`` was written at the indices of the first argument that data picks.
 
     The units along the other dimensions meet. If units change along a picked dimension, the call counts as an unknown
     operator.
@@ -121,7 +125,7 @@ def _meet_rows(call: Call, value: Tensor, hit: set[int], at: int, new: int) -> A
     rank = tensor.dim() - len(hit) + new
 
     def unpicked(sizes: Iterable[int]) -> list[int]:
-        """The sizes of a tensor like ``value`` in the dimensions of the first argument; 1 where data picks."""
+        """Return the sizes of a tensor like ``value`` in the dimensions of the first argument; 1 where data picks."""
         every = list(sizes)
         rest = iter(every[:at] + every[at + new :])
         return [1 if d in hit else next(rest) for d in range(tensor.dim())]

@@ -1,7 +1,8 @@
 """Rules of operators that move elements (views, ``permute``, ``cat``, slices) and compute nothing.
 
-An axis holds the unit of every element of its tensor, so these rules mostly apply the same operator to the axes. For
-example ``x.permute(0, 2, 1)`` of a tensor (B, C, T) whose channels have the axis (1, C, 1) gives the axis (1, 1, C).
+A rule takes a call of an operator and returns the axes of its result. An axis holds the unit of every element of its
+tensor, so these rules mostly apply the same operator to the axes. For example ``x.permute(0, 2, 1)`` of a tensor (B, C,
+T) whose channels have the axis (1, C, 1) gives the axis (1, 1, C).
 
 Operators that take a part of a dimension also say something about the units themselves: code that calls ``chunk(2)``
 goes on to use both halves in the same way, so both must lose the same channels.
@@ -25,9 +26,10 @@ _PARTS = 3  # a slice that is one of so few equal parts is taken for one of thes
 
 
 def equal_parts(call: Call, axis: Tensor, dim: int, parts: int) -> None:
-    """Record that ``parts`` equal parts of dimension ``dim`` lose the same channels.
+    """Record that ``parts`` equal parts of dimension ``dim`` of an axis lose the same channels.
 
     The code knows how many parts there are, but not how long they are. Channel i of every part becomes the same unit.
+    Nothing is recorded if the axis does not change along ``dim``.
     """
     if axis.shape[dim] > 1:
         split = axis.unflatten(dim, (parts, -1))
@@ -48,11 +50,19 @@ def _literal(call: Call, axis: Tensor, dim: int) -> None:
 
 
 def _pieces_kept(call: Call, axis: Tensor, dim: int, sizes: list[int]) -> bool:
-    """Whether the running module keeps the sizes of these parts of dimension ``dim``, so that they can follow a cut.
+    """Return whether the running module keeps the sizes of these parts of a dimension, so that they can follow a cut.
 
-    It may keep all of them in one tuple, or each in an attribute. The last may be what is left of the dimension, and
-    others may be two parts together that were taken before.
-    Parts whose sizes are in one attribute lose the same units.
+    The module may keep all of them in one tuple, or each in an attribute. The last may be what is left of the
+    dimension, and others may be two parts together that were taken before. If so, the parts are recorded in
+    ``ledger.pieces``, and parts whose sizes are in one attribute lose the same units.
+
+    Args:
+        call: the call that takes the parts.
+        axis: an axis of the tensor.
+        dim: the dimension of which the parts are.
+        sizes: the sizes of all parts, in order; their sum is the size of the dimension.
+
+    Returns: False also if the axis changes along other dimensions than ``dim``.
     """
     kept, module = call.ledger.kept.get(call.module_name(), {}), call.module_name()
     if varying(axis) != {dim}:
@@ -74,7 +84,12 @@ def _pieces_kept(call: Call, axis: Tensor, dim: int, sizes: list[int]) -> bool:
 
 
 def _whole(kept: dict[str, int], name: str) -> list[int]:
-    """The numbers of the tuple or list ``name``."""
+    """Return the numbers of the tuple or list ``name``.
+
+    Args:
+        kept: the numbers that a module keeps, as :func:`.numbers.kept_numbers` returns them.
+        name: the attribute.
+    """
     numbered = [(int(key.rpartition(".")[2]), value) for key, value in kept.items() if key.rpartition(".")[0] == name]
     return [value for _, value in sorted(numbered)]
 
@@ -264,7 +279,7 @@ def _stack(call: Call) -> Axes:
 
 
 def _joined(call: Call, parts: list[Tensor], axes: list[Axes], dim: int) -> Axes:
-    """The axes of ``parts`` side by side along ``dim``.
+    """Return the axes of ``parts`` side by side along ``dim``.
 
     Axes that change along ``dim`` are concatenated; a part without units there contributes zeros ("no unit"). All other
     axes meet as in an elementwise operator, because the parts share these dimensions.
