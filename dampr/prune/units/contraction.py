@@ -40,20 +40,7 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
         letters: the dimensions of each factor, a letter for each; a vector of length k is "k".
         result: the dimensions of the result.
     """
-    for tensor, its_letters, other, other_letters in ((a, letters[0], b, letters[1]), (b, letters[1], a, letters[0])):
-        if "k" not in its_letters:
-            continue
-        marks, factor = call.of(tensor), call.of(other)
-        if marks is not None and factor is not None and factor.weight and not marks.weight:
-            call.probe(tensor, marks.axes, its_letters.index("k"))
-        if marks is not None and factor is None and not call.even(other, {other_letters.index("k")}):
-            for axis in marks.axes:
-                if axis.shape[its_letters.index("k")] > 1:
-                    call.ledger.keep_along(axis, {its_letters.index("k")}, CONSTANTS, call)
-    if "k" in letters[0] and "k" in letters[1] and not any((m := call.of(t)) is None or m.weight for t in (a, b)):
-        call.probe_pair(
-            [(t, call.axes(t), its_letters.index("k")) for t, its_letters in ((a, letters[0]), (b, letters[1]))]
-        )
+    _note_contracted(call, a, b, letters)
     order = result + "".join(sorted(set("".join(letters)) - set(result)))
     sizes = {
         letter: 1 if letter == "g" else n
@@ -83,6 +70,31 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
         math.prod(sizes.values()), [axis for axis, is_alone in zip(met, alone, strict=True) if is_alone], overlapping
     )
     return call.ledger.reduce(met, contracted, False, kind, call)
+
+
+def _note_contracted(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str]) -> None:
+    """Note what the two factors of a product have along the contracted dimension "k" beside units that become one.
+
+    Units that meet constants there are fixed, unless the constants are the same everywhere. In a trace with closed
+    units, the values that these have there are noted.
+
+    Args:
+        call, a, b, letters: as for :func:`product`.
+    """
+    for tensor, its_letters, other, other_letters in ((a, letters[0], b, letters[1]), (b, letters[1], a, letters[0])):
+        if "k" not in its_letters:
+            continue
+        marks, factor = call.of(tensor), call.of(other)
+        if marks is not None and factor is not None and factor.weight and not marks.weight:
+            call.probe(tensor, marks.axes, its_letters.index("k"))
+        if marks is not None and factor is None and not call.even(other, {other_letters.index("k")}):
+            for axis in marks.axes:
+                if axis.shape[its_letters.index("k")] > 1:
+                    call.ledger.keep_along(axis, {its_letters.index("k")}, CONSTANTS, call)
+    if "k" in letters[0] and "k" in letters[1] and not any((m := call.of(t)) is None or m.weight for t in (a, b)):
+        call.probe_pair(
+            [(t, call.axes(t), its_letters.index("k")) for t, its_letters in ((a, letters[0]), (b, letters[1]))]
+        )
 
 
 def _picked(call: Call, axes: Axes, letters: str) -> Axes:

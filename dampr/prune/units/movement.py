@@ -239,11 +239,8 @@ def _slice(call: Call) -> Axes:
     out = []
     for axis in call.axes(tensor):
         if axis.shape[dim] > 1 and part_size != full_size:
-            parts = (
-                full_size // part_size
-                if step == 1 and part_size and full_size % part_size == 0 and start % part_size == 0
-                else 0
-            )
+            equal = step == 1 and part_size and full_size % part_size == 0 and start % part_size == 0
+            parts = full_size // part_size if equal else 0  # 0: the slice is no part of equal ones
             if parts and (parts <= _PARTS or not _pieces_kept(call, axis, dim, _cuts(start, part_size, full_size))):
                 equal_parts(call, axis, dim, parts)
             elif step > 1 and full_size % step == 0:
@@ -257,9 +254,9 @@ def _slice(call: Call) -> Axes:
     return out
 
 
-def _cuts(start: int, length: int, whole: int) -> list[int]:
-    """The sizes of the parts before a slice, in it and after it, without empty ones."""
-    return [size for size in (start, length, whole - start - length) if size]
+def _cuts(start: int, part_size: int, full_size: int) -> list[int]:
+    """Return the sizes of the parts before a slice, in it and after it, without empty ones."""
+    return [size for size in (start, part_size, full_size - start - part_size) if size]
 
 
 @rules.rule("cat concat concatenate")
