@@ -1,7 +1,8 @@
 """Checks of what a trace cannot prove.
 
 A trace does not prove that a smaller model has the same partition into classes, nor that closed units are 0 where they
-are read. The functions here cut or mask a copy of the model and run it.
+are read. The functions here cut or mask a copy of the model and run it. To cut a class is to delete its indices from
+all parameters and buffers; to mask it is to set the weights and biases that write it to 0, so that all shapes stay.
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ from .sizes import Size, follow
 
 
 def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[Size] = ()) -> nn.Module:
-    """Delete the indices of ``classes`` from every parameter and buffer of ``model``, in place; returns ``model``.
+    """Delete the indices of ``classes`` from every parameter and buffer of ``model``.
 
     The sizes that ``torch.nn`` modules keep in attributes are set to the new shapes, and so are ``sizes``, numbers that
     other code keeps. If code keeps another such number, the model fails to run or gets another partition, which
     :func:`retrace` finds.
+
+    Args:
+        model: the whole model; changed in place.
+        units: its partition.
+        classes: the classes to cut.
+        sizes: the attributes that change too.
+
+    Returns: ``model``.
     """
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     old = dict(named)
@@ -50,10 +59,13 @@ def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[
 
 
 def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterable[str] = ()) -> None:
-    """Set the size attributes of the modules in ``changed``, and of all parametrized modules of ``model``, to the
+    """Set the size attributes of modules whose parameters changed, and of all parametrized modules of ``model``, to the
     shapes of their parameters.
 
-    ``within``: names of the weights of grouped convolutions that keep their number of groups.
+    Args:
+        model: the model; changed in place.
+        changed: the modules whose parameters or buffers changed.
+        within: names of the weights of grouped convolutions that keep their number of groups.
     """
     owners = {model.get_submodule(name.rpartition(".")[0]) for name in within}
     with at_rest(model):
@@ -63,9 +75,13 @@ def follow_all(model: nn.Module, changed: Collection[nn.Module], within: Iterabl
 
 
 def substitute(model: nn.Module, new: Mapping[int, Tensor]) -> set[nn.Module]:
-    """Replace parameters and buffers of ``model``, under every name that they have; returns the modules that changed.
+    """Replace parameters and buffers of ``model``, under every name that they have.
 
-    ``new``: id of the old tensor -> new tensor.
+    Args:
+        model: the model; changed in place.
+        new: id of the old tensor -> new tensor.
+
+    Returns: the modules that changed.
     """
     changed: set[nn.Module] = set()
     for module in model.modules():
@@ -82,6 +98,11 @@ def half(units: Units, clusters: Sequence[Sequence[int]], seed: int = 0) -> list
 
     The number chosen differs between the clusters and with ``seed``: some lose half, others fewer. So a number that
     code keeps for several clusters together does not fit all of them by accident.
+
+    Args:
+        units: the partition.
+        clusters: the clusters, each a sequence of classes.
+        seed: another seed chooses other classes, and other numbers of them; the same seed chooses the same.
 
     Returns: the chosen classes.
     """
@@ -156,7 +177,7 @@ def retrace(
 def differs(
     model: nn.Module, units: Units, samples: list[Any], classes: list[int], sizes: Iterable[Size] = ()
 ) -> Differs | None:
-    """How a copy of ``model`` without ``classes`` differs from ``model``; None if it does not.
+    """Find how a copy of ``model`` without ``classes`` differs from ``model``.
 
     Args:
         model: the whole model; not changed.
@@ -164,6 +185,8 @@ def differs(
         samples: the inputs to trace.
         classes: the classes to cut.
         sizes: numbers that code keeps, as for :func:`cut`.
+
+    Returns: the difference; None if there is none.
     """
     small = cut(inputs.twin(model), units, classes, sizes)
     try:
@@ -191,7 +214,15 @@ def differs(
 
 
 def _traced(model: nn.Module, units: Units, samples: list[Any]) -> Units:
-    """The partition of a model like the one of ``units``, traced in the same modes. Raises what the model raises."""
+    """Trace a model in the modes in which ``units`` was traced, and return its partition.
+
+    Args:
+        model: the model, a cut or masked copy.
+        units: the partition of the whole model.
+        samples: the inputs, one entry for each run.
+
+    Raises: what the model raises.
+    """
     ledger = Ledger.of(model, units.within)
     for mode in units.modes:
         for sample in samples:
@@ -200,8 +231,15 @@ def _traced(model: nn.Module, units: Units, samples: list[Any]) -> Units:
 
 
 def _other_way(units: Units, again: Units, gone: set[int]) -> Differs | None:
-    """How what a cut model computes differs from what the whole model does: in numbers of the code, in the parameters
-    that it reads, or in its partition; None if it does not. Arguments as in :func:`_regrouped`.
+    """Find how what a cut model computes differs from what the whole model does: in numbers of the code, in the
+    parameters that it reads, or in its partition.
+
+    Args:
+        units: the partition of the whole model.
+        again: the partition of the cut model.
+        gone: the classes that were cut.
+
+    Returns: the first difference; None if there is none.
     """
     if units.numbers != again.numbers:
         pairs = zip(units.numbers, again.numbers, strict=False)
@@ -220,7 +258,7 @@ def _other_way(units: Units, again: Units, gone: set[int]) -> Differs | None:
 
 
 def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
-    """How the partition of the cut model differs from that of the whole model; None if it does not.
+    """Find how the partition of the cut model differs from that of the whole model.
 
     It differs if it joins classes that were apart, splits a class, or fixes a class that was free.
 
@@ -228,6 +266,8 @@ def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
         units: the partition of the whole model.
         again: the partition of the cut model.
         gone: the classes that were cut.
+
+    Returns: the first difference; None if there is none.
     """
     single, free = _alone(units, gone), set(units.free)
     forward: dict[int, int] = {}
@@ -255,7 +295,7 @@ def _regrouped(units: Units, again: Units, gone: set[int]) -> Differs | None:
 
 
 def _alone(units: Units, gone: set[int]) -> set[int]:
-    """The classes that are the only ones left in some dimension after ``gone`` is cut.
+    """Return the classes that are the only ones left in some dimension after ``gone`` is cut.
 
     A dimension of size 1 has no unit in a trace, so the trace of the cut model says less about these classes.
     """
@@ -334,9 +374,15 @@ def added(model: nn.Module, units: Units, classes: Iterable[int], example_inputs
 
 
 def mask(model: nn.Module, units: Units, classes: Iterable[int]) -> nn.Module:
-    """Set the weights and biases that write ``classes`` to 0, in place; returns ``model``.
+    """Set the weights and biases that write ``classes`` to 0. Where nothing writes a class, set the weights that read
+    it to 0.
 
-    Where nothing writes a class, the weights that read it are set to 0.
+    Args:
+        model: the model; changed in place.
+        units: its partition.
+        classes: the classes to close.
+
+    Returns: ``model``.
     """
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     chosen: dict[tuple[str, int], list[int]] = defaultdict(list)

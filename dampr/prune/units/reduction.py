@@ -1,5 +1,8 @@
 """Rules of norms, reductions (``sum``, ``mean``, ``max``), softmax, pooling and resizing.
 
+A rule takes a call of an operator and returns the axes of its result. An axis is an int64 tensor that holds the unit of
+each index along some dimensions of a tensor, and has size 1 along all others.
+
 A reduction along dimensions in which no unit changes leaves the units as they are: a mean over height and width keeps
 the channels. A reduction across units fixes them ("mixed"), or they may be cut only under a condition: "statistic"
 where a norm has to count open units alone, "sum" where zeros add nothing.
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def _per_channel(call: Call, tensor: Tensor, others: list[Any], axes: Axes) -> Axes:
-    """The axes of a norm's result: the input (B, C, ...) meets gains, biases and running statistics of shape (C,).
+    """Return the axes of a norm's result: the input (B, C, ...) meets gains, biases and running statistics of shape
+    (C,).
 
     Args:
         call: the call.
@@ -114,8 +118,8 @@ def _weight_norm(call: Call) -> tuple[Axes, ...]:
 
 
 def _dims(call: Call, rank: int) -> set[int]:
-    """The dimensions that a reduction of a tensor of this rank runs over, without negative numbers; all if none is
-    named.
+    """Return the dimensions that a reduction of a tensor with ``rank`` dimensions runs over, without negative numbers;
+    all if the call names none.
     """
     dims = call.arg("dim", call.arg("dims"))
     if dims is None or dims == []:
@@ -124,11 +128,13 @@ def _dims(call: Call, rank: int) -> set[int]:
 
 
 def _reduction(kind: str) -> Rule:
-    """Make the rule of the reductions of one kind: "sum", "statistic" (a mean or variance, say) or "mixed" (anything
-    else).
+    """Make the rule of the reductions of one kind.
 
-    A rule takes the call of an operator and returns the axes of its outputs. :meth:`~.ledger.Ledger.reduce` says what
-    each kind does to units.
+    Args:
+        kind: "sum", "statistic" (a mean or variance, say) or "mixed" (anything else). :meth:`~.ledger.Ledger.reduce`
+            says what each kind does to units.
+
+    Returns: a function from the call of an operator to the axes of its outputs.
     """
 
     def reduce(call: Call) -> Axes | tuple[Axes, ...]:
@@ -180,7 +186,15 @@ def _mixed_along(call: Call) -> Axes | tuple[Axes, ...]:
 
 
 def _matrices(call: Call, tensor: Tensor, dims: set[int]) -> Axes:
-    """The axes of ``tensor`` after an operator that mixes what changes along ``dims``, with size 1 along these."""
+    """Record that an operator mixes what changes along ``dims``, and return the axes of ``tensor`` after it.
+
+    Args:
+        call: the call.
+        tensor: an argument of it.
+        dims: the dimensions of the matrices, or of what is mixed else.
+
+    Returns: the axes that change along other dimensions, with size 1 along ``dims``.
+    """
     axes = call.axes(tensor)
     call.ledger.reduce(axes, dims, True, "mixed", call)
     return [narrow(first_along(axis, dims)) for axis in axes if varying(axis) - dims]
@@ -199,7 +213,9 @@ def _of_matrices(call: Call) -> Axes | tuple[Axes, ...]:
     axes = _matrices(call, tensor, {tensor.dim() - 2, tensor.dim() - 1})
 
     def of(result: Any) -> Axes:
-        """The axes of one result, which has all dimensions of the matrices but those that a number stands for."""
+        """Return the axes of one result, which has the leading dimensions of the matrices, and others that no unit
+        changes along.
+        """
         kept = result.dim() if isinstance(result, Tensor) else 0
         return [axis.reshape([*axis.shape[:-2], *(1,) * (kept - axis.dim() + 2)]) for axis in axes]
 
@@ -229,7 +245,7 @@ def _solve(call: Call) -> Axes | tuple[Axes, ...]:
 
 
 def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
-    """A rule for pooling and resizing over the last ``dims`` dimensions.
+    """Make a rule for pooling and resizing over the last ``dims`` dimensions.
 
     Units that change along these alone are fixed; units that change along others too become one unit along these.
     """
@@ -252,7 +268,9 @@ def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
 
 
 def _spatial_gradient(dims: int) -> Callable[[Call], Axes]:
-    """A rule for the gradients of such operators. Their channels are those of the operator's input."""
+    """Make a rule for the gradients of pooling and resizing over the last ``dims`` dimensions. Their channels are those
+    of the operator's input.
+    """
 
     def gradient(call: Call) -> Axes:
         """The rule for the last ``dims`` dimensions of the gradient, and of the input if the call has it."""

@@ -1,7 +1,11 @@
 """Run a model once under a dispatch mode that carries axes from operator to operator.
 
-:class:`Tracer` sees every ATen operator below autograd. It looks up the axes of the arguments, calls the operator's
-rule (:mod:`.rules`), and remembers the axes of the results. On meta tensors operators compute shapes alone.
+:class:`Tracer` sees every ATen operator below autograd. It looks up the axes of the arguments (which unit each of their
+elements belongs to, :mod:`.axes`), calls the operator's rule (:mod:`.rules`), and remembers the axes of the results. On
+meta tensors operators compute shapes alone.
+
+A tensor that neither inputs nor parameters went into is a constant here: it has no units, but it matters whether it is
+the same along a dimension ("even") or everywhere ("uniform").
 """
 
 from __future__ import annotations
@@ -54,10 +58,13 @@ def run(
         model: the model.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         training: the mode to run it in.
-        fake: operators get meta tensors, which have shapes and no values, and compute nothing.
+        fake: True: operators get meta tensors, which have shapes and no values, and compute nothing. False: they get
+            real tensors.
         closed: bool (units,), which units are closed; None if none are.
         alive: gets closed unit -> (least, largest) of its values, for units that are not 0 where something reads them.
+            None if this is not wanted.
         added: gets the units in ``alive`` that are read without a weight: by a sum, or by a product of two activations.
+            None if this is not wanted.
         counts: whether products are recorded.
 
     Raises: what the model raises.
@@ -94,7 +101,7 @@ def run_as_fits(
     fake: bool | None = None,
     counts: bool = False,
 ) -> None:
-    """:func:`run` on meta tensors, and if that raises, on real tensors.
+    """Call :func:`run` on meta tensors, and if that raises, on real tensors.
 
     Args:
         ledger, model, example_inputs, training, counts: as for :func:`run`.
@@ -115,8 +122,8 @@ def run_as_fits(
 
 
 def _computes_alike(func: Any) -> bool:
-    """Whether an operator computes each element of its result from the elements at the same place, without randomness,
-    and returns a new tensor.
+    """Return whether an operator computes each element of its result from the elements at the same place, without
+    randomness, and returns a new tensor.
     """
     drawn = torch.Tag.nondeterministic_seeded in func.tags
     elementwise = torch.Tag.pointwise in func.tags or rules.base_name(func) in ("clone", "_to_copy")
@@ -137,6 +144,11 @@ def _plain_operators() -> Iterator[None]:
 
 class Tracer(TorchDispatchMode):
     """A dispatch mode that calls the rule of every operator that reads a tensor with units.
+
+    Args:
+        ledger: where the rules write.
+        names: module -> its name, for the modules of the model.
+        training: the mode in which the model runs.
 
     Attributes:
         ledger, training, fake, closed, alive, added, counts: as in :func:`run`.
@@ -165,7 +177,7 @@ class Tracer(TorchDispatchMode):
         """Register hooks on all modules of ``model`` that keep track of the running module; returns their handles."""
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            """Forward hook: the running module has ended."""
+            """End the running module, as a forward hook."""
             del self._stack[-1]
 
         handles: list[Any] = [
@@ -174,18 +186,19 @@ class Tracer(TorchDispatchMode):
         return handles + [m.register_forward_hook(leave, always_call=True) for m in model.modules()]
 
     def module_name(self) -> str:
-        """The name of the module that is running."""
+        """Return the name of the module that is running; "" for the model itself, or outside of all modules."""
         return self._names.get(self._stack[-1], "") if self._stack else ""
 
     def module(self) -> str:
-        """Type and name of the module that is running."""
+        """Return type and name of the module that is running, as in "Linear 'fc'"; "" outside of all modules."""
         if not self._stack:
             return ""
         name = self._names.get(self._stack[-1], "")
         return f"{type(self._stack[-1]).__name__} {name!r}" if name else type(self._stack[-1]).__name__
 
     def marks(self, tensor: Tensor) -> Marks | None:
-        """The axes of a tensor; None for a constant, which neither inputs nor parameters went into.
+        """Return the marks of a tensor (its axes, and whether it is a weight); None for a constant, which neither
+        inputs nor parameters went into.
 
         A parameter or buffer is noted as reached in the present mode.
         """
@@ -198,16 +211,18 @@ class Tracer(TorchDispatchMode):
         return marks
 
     def owned(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a parameter or buffer with units, or the meta tensor of one."""
+        """Return whether a tensor is a parameter or buffer with units, or the meta tensor of one."""
         return self._twins.get(id(tensor), id(tensor)) in self.ledger.known
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """The name of a parameter or buffer, also from its meta tensor; None for other tensors."""
+        """Return the name of a parameter or buffer, also from its meta tensor; None for other tensors."""
         key = self._twins.get(id(tensor), id(tensor))
         return self.ledger.known[key][1] if key in self.ledger.known else None
 
     def mark(self, tensor: Tensor, marks: Marks | None) -> None:
-        """Remember the marks of a tensor. The tensor is kept alive, so that no other gets its id."""
+        """Remember the marks of a tensor; None says that it is a constant. The tensor is kept alive, so that no other
+        gets its id.
+        """
         self._marks[id(tensor)] = tensor, marks
 
     def __torch_dispatch__(
@@ -244,11 +259,16 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _as_a_view(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        """(operator, arguments) with an operator that changes a shape in place (``transpose_``) replaced by its view
-        form.
+        """Replace an operator that changes a shape in place (``transpose_``) by its view form.
 
         The rule then sees a tensor that still has the old shape. Other operators and their arguments are returned
         unchanged.
+
+        Args:
+            func: the operator, which has not been run yet.
+            args: its positional arguments.
+
+        Returns: (operator, arguments).
         """
         view = _view_of(func) if func._schema.is_mutable else None
         if view is None:
@@ -260,14 +280,23 @@ class Tracer(TorchDispatchMode):
         return view, (before, *args[1:])
 
     def _result(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """What the operator returns. With ``fake``, it is called on meta tensors in place of real ones."""
+        """Run an operator and return what it returns. With ``fake``, it is called on meta tensors in place of real
+        ones.
+
+        Args:
+            func: the operator.
+            name: its name, as :func:`.rules.base_name` returns it.
+            args, kwargs: its arguments.
+        """
         if not self.fake or name.startswith("lift_fresh"):
             return func(*args, **kwargs)
         args, kwargs = meta.mapped(self.on_meta, args), meta.mapped(self.on_meta, kwargs)
         return meta.computed(func, args, meta.to_meta(func, kwargs))
 
     def on_meta(self, tensor: Tensor) -> Tensor:
-        """The meta tensor that stands for ``tensor``: of the same shape, strides and dtype, always the same object."""
+        """Return the meta tensor that stands for ``tensor``: of the same shape, strides and dtype, always the same
+        object.
+        """
         if tensor.device.type == "meta":
             return tensor
         if id(tensor) not in self._meta or self._meta[id(tensor)][1].shape != tensor.shape:
@@ -296,6 +325,13 @@ class Tracer(TorchDispatchMode):
 
         That is: whether it has one value everywhere, along which dimensions it does not change, and what it is a view
         of.
+
+        Args:
+            func: the operator.
+            name: its name, as :func:`.rules.base_name` returns it.
+            args, kwargs: its arguments.
+            tensors: the tensors among the arguments.
+            out: what it returned.
         """
         if func._schema.is_mutable:
             self._no_longer_even(args[0])
@@ -318,12 +354,15 @@ class Tracer(TorchDispatchMode):
             self._views[id(out)] = args[0], func, args, kwargs
 
     def is_zero(self, tensor: Tensor) -> bool:
-        """Whether a tensor of constants is known to be zero everywhere."""
+        """Return whether a tensor of constants is known to be zero everywhere."""
         return self.uniform.get(id(tensor), (tensor, False))[1]
 
     def is_even(self, tensor: Tensor, dim: int) -> bool:
-        """Whether a tensor of constants is the same along a dimension, counted from the last one (-1),
-        as far as that is known without looking at its values.
+        """Return whether a tensor of constants is known to be the same along a dimension, without a look at its values.
+
+        Args:
+            tensor: the tensor.
+            dim: the dimension, counted from the last one (-1). Along one that the tensor does not have, it is the same.
         """
         if id(tensor) in self.uniform or dim < -tensor.dim() or tensor.shape[dim] == 1:
             return True
@@ -332,25 +371,32 @@ class Tracer(TorchDispatchMode):
         return id(tensor) in self._even and dim + tensor.dim() in self._even[id(tensor)][1]
 
     def _bases(self, tensor: Any) -> Iterator[Tensor]:
-        """The tensor that ``tensor`` is a view of, then the tensor that that one is a view of, and so on."""
+        """Yield the tensor that ``tensor`` is a view of, then the tensor that that one is a view of, and so on."""
         while id(tensor) in self._views and self._views[id(tensor)][0] is not tensor:
             tensor = self._views[id(tensor)][0]
             yield tensor
 
     def _root(self, tensor: Tensor) -> Tensor:
-        """The tensor at the end of :meth:`_bases`; ``tensor`` itself if it is not a view."""
+        """Return the tensor at the end of :meth:`_bases`; ``tensor`` itself if it is not a view."""
         return [tensor, *self._bases(tensor)][-1]
 
     def _no_longer_even(self, written: Any) -> None:
-        """Forget what was known of the values of a constant that is written into, and of all tensors that it is a
-        view of.
+        """Forget what was known of the values of a constant that is written into, and of all tensors that it is a view
+        of.
         """
         for tensor in (written, *self._bases(written)):
             self.uniform.pop(id(tensor), None)
             self._even.pop(id(tensor), None)
 
     def _record(self, call: Call, result: Axes | tuple[Axes, ...]) -> None:
-        """Remember the axes that a rule returned for the results of a call."""
+        """Remember the axes that a rule returned for the results of a call.
+
+        Args:
+            call: the call.
+            result: the axes of its result, or a tuple with the axes of each of its results.
+
+        Raises: AssertionError if an axis does not fit its result.
+        """
         outs = call.out if isinstance(call.out, (tuple, list)) else (call.out,)
         results = result if isinstance(result, tuple) else (result, *((None,) * (len(outs) - 1)))
         weight = all(call.is_weight(t) for t in call.given)
@@ -371,9 +417,13 @@ class Tracer(TorchDispatchMode):
     def _write_through(self, child: Tensor, call: Call) -> None:
         """Give the base of a view the units that were written into the view, and so on to the root.
 
-        The view's operator, applied to the positions 0, 1, 2, ... of the base, tells which elements were written.
-        An axis that was written takes the place of the one along the same dimensions. Units of axes that overlap
-        otherwise are fixed.
+        The view's operator, applied to the positions 0, 1, 2, ... of the base, tells which elements were written. An
+        axis that was written takes the place of the one along the same dimensions. Units of axes that overlap otherwise
+        are fixed.
+
+        Args:
+            child: the view.
+            call: the operator that wrote into it.
         """
         root = id(self._root(child))
         # Of memory with one value everywhere, what is never written has the units of what is written beside it.
@@ -412,10 +462,12 @@ class Tracer(TorchDispatchMode):
 
 @functools.cache
 def _view_of(func: Any) -> Any:
-    """The operator that returns as a view what ``func`` does in place (``transpose`` for ``transpose_``), or None."""
+    """Return the operator that returns as a view what ``func`` does in place (``transpose`` for ``transpose_``); None
+    if there is none.
+    """
 
     def arguments(operator: Any) -> list[tuple[str, str]]:
-        """Names and types of an operator's arguments."""
+        """Return names and types of an operator's arguments."""
         return [(argument.name, str(argument.type)) for argument in operator._schema.arguments]
 
     packet = getattr(torch.ops.aten, rules.base_name(func), None) if func.namespace == "aten" else None
@@ -450,9 +502,14 @@ def _paired(axes: Axes, old: Axes) -> list[tuple[Tensor | None, Tensor | None]] 
 
 
 def _written(axis: Tensor, places: Tensor, base: Tensor) -> Tensor:
-    """An axis of a view as an axis of its base, with -1 for the units of elements that the view does not hold.
+    """Return an axis of a view as an axis of its base, with -1 for the units of elements that the view does not hold.
 
     Along a dimension in which all elements of the view belong to one unit, the others count as that unit's too.
+
+    Args:
+        axis: an axis of the view.
+        places: int64, of the shape of the view: the position in the flattened base of each of its elements.
+        base: the tensor that it is a view of.
     """
     flat = torch.full((base.numel(),), -1)
     flat[places.reshape(-1)] = axis.expand(places.shape).reshape(-1)
@@ -472,7 +529,7 @@ _KEEP_ZEROS = (
 
 
 def _is_scaled(call: Call) -> bool:
-    """Whether the result of a call is 0 where a weight is (:class:`~.ledger.Marks`)."""
+    """Return whether the result of a call is 0 where a weight is (:class:`~.ledger.Marks`)."""
     if call.name == "mul":
         return rules.scaled_weight(call) is not None
     first = call.of(call.args[0]) if call.args and call.name in _KEEP_ZEROS.split() else None
@@ -480,9 +537,9 @@ def _is_scaled(call: Call) -> bool:
 
 
 def _checked(name: str, axes: Axes, out: Tensor) -> Axes:
-    """``axes``, after a check that each fits the shape of ``out``.
+    """Return ``axes``, after a check that each fits the shape of ``out``, the result of the operator called ``name``.
 
-    Raises: AssertionError if one does not, which is an error in the rule of operator ``name``.
+    Raises: AssertionError if one does not, which is an error in the rule of the operator.
     """
     for axis in axes:
         if axis.dim() != out.dim() or any(n not in (1, m) for n, m in zip(axis.shape, out.shape, strict=True)):

@@ -1,4 +1,8 @@
-"""Finds widths that must not be cut because a part of the model that the examples do not reach may depend on them."""
+"""Finds widths that must not be cut because a part of the model that the examples do not reach may depend on them.
+
+A run reaches a parameter if an operator reads it. ``above`` is the name of the module that contains what is in
+question; "" for the model.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ def protected(units: Units, parameters: Iterable[str]) -> dict[int, str]:
 
 
 def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
-    """class -> why it stays, for widths that may lead into a module which no run reached.
+    """Find the classes that stay because their width may lead into a module which no run reached.
 
     Such a module is an expert to which no row of the examples goes, or the other branch of an ``if``. Its widths are
     guessed from the modules in the same parent that a run reached:
@@ -33,6 +37,12 @@ def _beside_unreached(units: Units, parameters: set[str]) -> dict[int, str]:
 
     An unreached module that has vectors alone is ignored, because an unused norm or bias is often left over. It is not
     ignored if all modules of the parent are like it, or if it is a bare parameter beside modules (a class token, say).
+
+    Args:
+        units: the partition.
+        parameters: the names of the model's parameters.
+
+    Returns: class -> why it stays.
     """
     reached = [name for name in units.origin if units.reached.get(name)]
     reasons: dict[int, str] = {}
@@ -81,12 +91,13 @@ def _highest(lost: Iterable[str], reached: Iterable[str]) -> set[tuple[str, str]
 
 
 def _joined(above: str, part: str) -> str:
-    """The full name of a part of the module ``above``."""
+    """Return the full name of a part of the module ``above``, from its name within it."""
     return f"{above}.{part}" if above else part
 
 
 def _part(name: str, above: str) -> str | None:
-    """The name within ``above`` of the submodule that contains the parameter ``name``, or of the parameter itself.
+    """Return the name within ``above`` of the submodule that contains the parameter ``name``, or of the parameter
+    itself.
 
     None for a parameter outside of the module ``above``.
     """
@@ -96,7 +107,7 @@ def _part(name: str, above: str) -> str | None:
 
 
 def _has_parts(names: Iterable[str], above: str) -> bool:
-    """Whether a parameter lies in a module within the module ``above``."""
+    """Return whether one of the parameters called ``names`` lies in a module within the module ``above``."""
     return any(name.removeprefix(above).lstrip(".").count(".") for name in names if _part(name, above) is not None)
 
 
@@ -121,5 +132,7 @@ def _shapes(units: Units, parameters: set[str], above: str, part: str) -> dict[s
 
 
 def _leads_on(units: Units, class_id: int, above: str) -> bool:
-    """Whether the class ``one`` has members in several submodules of the module ``above``, or outside of it."""
+    """Return whether the class ``class_id`` has members in several submodules of the module ``above``, or outside of
+    it.
+    """
     return len({_part(member.name, above) for member in units.members[class_id]}) > 1
