@@ -1,5 +1,12 @@
 """Gates on the weights that read a unit: how :func:`dampr.convert` prunes models whose layers have no gated
 counterpart.
+
+In the code below a class is an integer that stands for units which can be cut only together (``class_id`` for a single
+one), and a cluster is a list of classes that share dimensions of tensors (:mod:`.units`). ``sizes`` are attributes of
+modules, such as ``num_heads``, which have to change with the width of a parameter (:class:`.units.sizes.Size`).
+
+:func:`place` finds where gates can be, :func:`only` drops what the arguments of convert leave out, :func:`put_in` puts
+the gates there, and :func:`left_out` says why other layers have none.
 """
 
 from __future__ import annotations
@@ -56,7 +63,7 @@ class Placement:
     finite: bool = False
 
     def classes(self) -> list[int]:
-        """All classes that get a gate."""
+        """Return all classes that get a gate."""
         return [class_id for group in self.groups for class_id in group.classes]
 
 
@@ -71,6 +78,8 @@ def place(
         units: its partition into classes.
         example_inputs: the inputs for the comparison.
         norms: norms that count only open units, if ``units`` knows them (:meth:`.Units.with_open_statistics`).
+
+    Returns: the vectors, and why other classes get no gate.
     """
     trained, finite = (model, False) if is_meta(model) else inputs.trained(model, example_inputs)
     subject = Subject(trained, units, example_inputs, norms or {})
@@ -110,6 +119,11 @@ class _Search:
     All clusters are tried at once; if that fails, those of one kind (of repeated blocks), then halves of these. A
     smaller set only has to run, as shapes show; with ``by_values`` it also has to compute the same.
 
+    Args:
+        subject: the model and its inputs.
+        clusters: the clusters to try.
+        by_values: whether every trial compares values.
+
     Attributes:
         read: the attributes without which a cut model does not compute the same.
         refused: class -> why it cannot be cut.
@@ -142,7 +156,7 @@ class _Search:
                 todo += [half for half in (others[:middle], others[middle:]) if half]
 
     def _passes(self, subset: list[list[int]]) -> bool:
-        """Try to cut half of each cluster in ``some`` and record the result; returns whether it works."""
+        """Try to cut half of each cluster in ``subset``, and record the result; returns whether it works."""
         reason, follow, needed = self._try(subset)
         if reason is None:
             self._good.append((subset, follow))
@@ -152,7 +166,7 @@ class _Search:
         return reason is None
 
     def _try(self, clusters: list[list[int]]) -> tuple[str | None, list[Size], bool]:
-        """Try to cut half of each cluster.
+        """Try to cut half of each of ``clusters``.
 
         Returns: (why it cannot be cut, or None; the attributes that change; whether the model needs this change).
         """
@@ -183,18 +197,24 @@ class _Search:
         return reason, [], False
 
     def _fits_otherwise(self, clusters: list[list[int]], sizes: list[Size]) -> bool:
-        """Whether the model also runs with other numbers of units cut.
+        """Return whether the model also runs with other numbers of units cut.
 
         Widths that must be cut together can fit by chance in one try.
+
+        Args:
+            clusters: the clusters; for a single one the answer is True without a run.
+            sizes: the attributes that change.
         """
         classes = half(self._subject.units, clusters, seed=1) if len(clusters) > 1 else []
         return not classes or Trial(self._subject, classes, quick=True).fits(sizes)
 
     def together(self) -> tuple[set[int], list[Size]]:
-        """The classes of the clusters that can be cut together, and the attributes that change with them.
+        """Find the classes of the clusters that can be cut together, and the attributes that change with them.
 
         The clusters were tried one by one before. Now all are cut at once; if the model differs, they are added one
         after the other, the largest first, and those that do not fit are added to ``refused``.
+
+        Returns: (the classes, the attributes).
         """
         good = self._good
         tried = len(good) == 1 and len(good[0][0]) == len(self._clusters)  # all were compared at once before
@@ -214,9 +234,16 @@ class _Search:
         return {class_id for cluster in kept for class_id in cluster}, sizes
 
     def _fault(self, clusters: list[list[int]], sizes: list[Size], tried: bool, assumed: bool = False) -> str:
-        """What goes wrong if half of these clusters are cut; empty if nothing does.
+        """Return what goes wrong if half of each of these clusters is cut; "" if nothing does.
 
-        Raises: _DeceivedError if it was ``assumed`` that nothing does.
+        Args:
+            clusters: the clusters.
+            sizes: the attributes that change.
+            tried: whether values were compared before, so that this is not done again; the partition is compared in any
+                case.
+            assumed: whether some clusters were only checked by shapes before.
+
+        Raises: _DeceivedError if it was ``assumed`` that nothing goes wrong, and values differ.
         """
         subject, classes = self._subject, half(self._subject.units, clusters)
         reason = "" if tried else Trial(subject, classes).differs(sizes)
@@ -227,7 +254,12 @@ class _Search:
 
 
 def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
-    """The sets of attributes that may change with these clusters, in the order in which they are tried."""
+    """Return the sets of attributes that may change with these clusters, in the order in which they are tried.
+
+    Args:
+        subject: the model and its inputs.
+        clusters: the clusters that lose half of their classes.
+    """
     sizes = followers(subject.model, subject.units, [class_id for cluster in clusters for class_id in cluster])
     sure = [size for size in sizes if _is_sure(subject.model, size)]
     asked = {*sure, *subject.used(size for size in sizes if size not in sure)}
@@ -260,16 +292,24 @@ def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
 
 
 def _kind(units: Units, cluster: list[int]) -> str:
-    """The names of the parameters of a cluster without numbers, the same for each of a row of repeated blocks."""
+    """Return the names of the parameters of a cluster without numbers, the same for each of a row of repeated
+    blocks.
+    """
     names = {m.name for class_id in cluster[:1] for m in units.members[class_id]}
     return " ".join(sorted({re.sub(r"\d+", "", name) for name in names}))
 
 
 def only(model: nn.Module, units: Units, placement: Placement, include: Filter, exclude: Filter) -> Placement:
-    """``placement`` without the gate vectors that the arguments of convert leave out.
+    """Return ``placement`` without the gate vectors that the arguments of convert leave out.
 
     A vector stays if the layers that write its classes (as in :func:`wanted`), and the norms over them, are included
     and not excluded.
+
+    Args:
+        model: the plain model.
+        units: its partition into classes.
+        placement: where gates can be; not changed.
+        include, exclude: as in :func:`dampr.convert`.
     """
     kept = set(wanted(model, units, placement.classes(), include, exclude))
     for name, norm in placement.norms.items():
@@ -281,7 +321,9 @@ def only(model: nn.Module, units: Units, placement: Placement, include: Filter, 
 
 
 def _staying(model: nn.Module, units: Units) -> dict[int, str]:
-    """class -> why it must not be cut, for widths of which the code of a layer needs every index (``Kind.staying``)."""
+    """Return class -> why it must not be cut, for widths of which the code of a layer needs every index
+    (``Kind.staying``).
+    """
     return {
         class_id: reason
         for path, layer in model.named_modules()
@@ -292,18 +334,22 @@ def _staying(model: nn.Module, units: Units) -> dict[int, str]:
 
 
 def _clusters(units: Units, classes: Iterable[int]) -> list[list[int]]:
-    """The clusters of ``units``, restricted to ``classes``; empty ones are left out."""
+    """Return the clusters of ``units``, restricted to ``classes``; empty ones are left out."""
     kept = set(classes)
     restricted = [[class_id for class_id in cluster if class_id in kept] for cluster in units.clusters]
     return [cluster for cluster in restricted if cluster]
 
 
 def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
-    """Keep the attributes in ``sizes`` that must change.
+    """Return those of the attributes in ``sizes`` that must change.
 
     These are the attributes without which the model computes something else, those that count heads by their names, and
     those of ``torch.nn`` layers. Another attribute that only happens to have the size of a width, such as a stride,
     must not change with it.
+
+    Args:
+        trial: the comparison of a masked and a cut copy.
+        sizes: attributes with which both compute the same.
     """
     doubtful = [size for size in sizes if not _is_sure(trial.model, size)]
     for first in (True, False):  # on one sample first; on all samples if that leaves doubt
@@ -318,32 +364,41 @@ def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
 
 
 def _is_sure(model: nn.Module, size: Size) -> bool:
-    """Whether an attribute surely belongs to a width: it counts heads by its name, or is that of a
-    ``torch.nn`` layer.
+    """Return whether an attribute surely belongs to a width: it counts heads by its name, or is that of a ``torch.nn``
+    layer.
     """
     in_torch = type(model.get_submodule(size.module)).__module__.startswith("torch.nn.")
     return in_torch or bool(re.search("heads$|n_?head$", size.attribute))
 
 
 def above(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the module ``name`` and of the modules that contain it, without the model itself."""
+    """Return (name, module) of the module ``name`` and of the modules that contain it, from the inside out.
+
+    The model itself is left out, unless ``name`` is "", which names it.
+    """
     parts = name.split(".") if name else []
     paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)] or [""]
     return [(path, model.get_submodule(path)) for path in paths]
 
 
 def wanted(model: nn.Module, units: Units, classes: list[int], include: Filter, exclude: Filter) -> list[int]:
-    """Filter ``classes`` by the arguments ``include`` and ``exclude`` of convert.
+    """Return those of ``classes`` that the arguments ``include`` and ``exclude`` of convert leave.
 
     A class stays if at least one of the layers that write it is included, and none of them is excluded. If no layer
     writes the class, all layers that have it count instead.
+
+    Args:
+        model: the plain model.
+        units: its partition into classes.
+        classes: the classes to filter; returned as they are if both filters are None.
+        include, exclude: as in :func:`dampr.convert`.
     """
     if include is None and exclude is None:
         return classes
 
     @functools.cache
     def judged(name: str) -> tuple[bool, bool]:
-        """Whether the module of a parameter is included, and not excluded."""
+        """Return whether the module of a parameter is included, and whether it is not excluded."""
         modules = above(model, name.rpartition(".")[0])
         return filters.wanted(modules, include, None), filters.wanted(modules, None, exclude)
 
@@ -417,9 +472,13 @@ def put_in(
 def left_out(
     model: nn.Module, units: Units, placement: Placement, gated: Collection[int] | None = None
 ) -> dict[str, str]:
-    """name of a layer with a weight matrix -> why what it writes has no gates.
+    """Return name of a layer with a weight matrix -> why what it writes has no gates.
 
-    ``gated``: the classes with gates; None: those of ``placement``.
+    Args:
+        model: the plain model.
+        units: its partition into classes.
+        placement: where gates can be.
+        gated: the classes with gates; None: those of ``placement``.
     """
     gated = set(placement.classes() if gated is None else gated)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -444,9 +503,14 @@ def left_out(
 
 
 def _written(model: nn.Module, units: Units, name: str) -> list[int]:
-    """The dimensions of a tensor whose units its layer writes.
+    """Return the dimensions of a tensor whose units its layer writes.
 
     Of a weight that several layers have, it is the one side that this layer writes.
+
+    Args:
+        model: the plain model.
+        units: its partition into classes.
+        name: the name of the tensor in this layer, one of ``units.alias``.
     """
     path, _, attribute = name.rpartition(".")
     kind, origin = kind_of(model.get_submodule(path)), units.alias[name]
@@ -457,8 +521,16 @@ def _written(model: nn.Module, units: Units, name: str) -> list[int]:
 
 
 def _unwritten(layer: nn.Module, units: Units, placement: Placement, gated: set[int], origin: str) -> str | None:
-    """Why a layer has no gates of whose parameter ``origin`` the trace saw no unit written; None if the parameter does
-    not say it.
+    """Return why a layer has no gates of whose parameter the trace saw no unit written.
+
+    Args:
+        layer: the layer.
+        units: the partition of the model into classes.
+        placement: where gates can be.
+        gated: the classes with gates.
+        origin: the name of the parameter in ``units.origin``.
+
+    Returns: the reason; None if the parameter does not give one, for example because it has gates.
     """
     if kind_of(layer).reads and channel_count(layer, True) == 1:
         return "it has one channel"
@@ -472,13 +544,20 @@ def _unwritten(layer: nn.Module, units: Units, placement: Placement, gated: set[
 
 
 def _known(units: Units, placement: Placement, classes: list[int]) -> Any:
-    """The first reason that is known against gates on one of ``classes``; None if none is."""
+    """Return the first reason that is known against gates on one of ``classes``: words or a ``Reason``; None if none
+    is.
+
+    Args:
+        units: the partition of the model into classes.
+        placement: where gates can be; its reasons come first.
+        classes: the classes, in the order in which they are looked up.
+    """
     reasons = (placement.refused.get(class_id) or units.reason(class_id) for class_id in classes)
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | None:
-    """Why no gate on a parameter can close free ``classes``; None if one can."""
+    """Return why no gate on a parameter can close ``classes``, which are free to be cut; None if one can."""
     summed = set(units.label[units.summed].tolist())
     if not summed.isdisjoint(classes):
         return "a sum reads it that no weight is in"
@@ -490,10 +569,16 @@ def _unreadable(model: nn.Module, units: Units, classes: list[int]) -> str | Non
 
 
 def _weights_per_class(units: Units, group: Group, parameters: dict[str, nn.Parameter]) -> Tensor:
-    """The number of parameters that are cut with each class of the group, float32 (classes,)."""
+    """Return the number of parameters that are cut with each class of the group, float32 (classes,).
+
+    Args:
+        units: the partition of the model into classes.
+        group: the classes.
+        parameters: name -> parameter; buffers do not count.
+    """
 
     def parameters_cut(class_id: int) -> float:
-        """The number of parameters that are cut with one class."""
+        """Return the number of parameters that are cut with one class."""
         members = [(m, parameters[m.name]) for m in units.members[class_id] if m.name in parameters]
         return float(sum(len(m.indices) * p.numel() / p.shape[m.dim] for m, p in members))
 

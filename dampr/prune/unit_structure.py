@@ -1,5 +1,8 @@
 """Which gate on parameters cuts which classes of units of a model.
 
+A class is an integer that stands for units which can be cut only together (:mod:`.units`). A gate is counted in the
+vector of all gates of the model, in which the gate vectors lie one after the other.
+
 :class:`UnitStructure` answers this for models whose gates multiply parameters; :class:`.structure.Structure` does it
 for models with gated layers. :mod:`.unit_gates` puts gates on parameters.
 """
@@ -27,7 +30,7 @@ from .units.groups import readable
 
 
 def has_unit_gates(model: nn.Module) -> bool:
-    """Whether the gates of ``model`` are on parameters.
+    """Return whether the gates of ``model`` are on parameters. False also for a model without gates.
 
     Raises: ValueError if the model has gates on parameters and gated layers.
     """
@@ -40,7 +43,13 @@ def has_unit_gates(model: nn.Module) -> bool:
 
 
 def without_gates(model: nn.Module, example_inputs: Any = None, *, folded: bool = False) -> nn.Module:
-    """A copy of ``model`` with plain parameters; ``folded``: multiplied by their gates as in evaluation."""
+    """Return a copy of ``model`` with plain parameters.
+
+    Args:
+        model: the model with gates on parameters; not changed.
+        example_inputs: the inputs with which the model is copied; None if they are not at hand.
+        folded: whether parameters are multiplied by their gates, as in evaluation.
+    """
     plain = inputs.copied(model, example_inputs)
     for _, norm, _ in norms_with_open_statistics(plain):
         open_statistics.take_off(norm)
@@ -98,8 +107,9 @@ class UnitStructure(GateVector[GatedParameter]):
         return []
 
     def _gates_of_classes(self) -> dict[int, int]:
-        """class -> the gate that masks every column of it; classes that something reads without that gate are
-        left out.
+        """Find for each class the gate that masks every column of it; also fills ``notes``.
+
+        Returns: class -> gate. Classes that something reads without that gate are left out.
         """
         units = self.units
         number = np.full(len(units.label), -1)
@@ -134,12 +144,15 @@ class UnitStructure(GateVector[GatedParameter]):
         return gate_by_class
 
     def classes_of(self, closed: Tensor) -> list[int]:
-        """The classes whose gates are closed; ``closed``: bool, (all gates,)."""
+        """Return the classes whose gates are closed; ``closed``: bool, (all gates,)."""
         shut = closed.tolist()
         return sorted(class_id for class_id, gate in self.gate_of.items() if shut[gate])
 
     def norms(self, model: nn.Module) -> Tensor:
-        """For each gate the L2 norm of the weights that write its classes: (all gates,), float64 on the host."""
+        """Return for each gate the L2 norm of the weights that write its classes: (all gates,), float64 on the host.
+
+        ``model`` is the gated model as it is now; its parameters count without gates.
+        """
         squares = torch.zeros(self.size, dtype=torch.float64)
         parameters = dict(without_gates(model).named_parameters(remove_duplicate=False))
         sums: dict[tuple[str, int], Tensor] = {}
@@ -155,13 +168,17 @@ class UnitStructure(GateVector[GatedParameter]):
 
 
 def parameter_name(name: str) -> str:
-    """The name of the parameter that a gate multiplies: "conv.weight" for "conv.weight_gates.0"."""
+    """Return the name of the parameter that a gate multiplies: "conv.weight" for "conv.weight_gates.0"."""
     return name.rpartition(".")[0].removesuffix("_gates")
 
 
 class Counts:
     """The number of units that are left, as a linear function of variables: for each gate vector its number of open
     gates.
+
+    Args:
+        structure: which gate cuts which classes.
+        device: the device of the gates that are counted.
 
     Attributes:
         gates: the gates that cut something.
@@ -188,23 +205,30 @@ class Counts:
             self._number[class_id] = owner[gate]
 
     def __call__(self, gates: Tensor) -> Tensor:
-        """The variables, (count,), for ``gates``, (all gates,)."""
+        """Return the variables, (count,), for ``gates``, (all gates,): 1 for an open gate, 0 for a closed one, or
+        values between.
+        """
         counts = gates.new_zeros(self.count).index_add(
             0, self._vector, torch.where(self._useful, gates, gates.new_zeros(()))
         )
         return counts + ((counts == 0) & self._emptiable).to(counts.dtype)
 
     def of(self, units: Any) -> Width:
-        """What is left of the units in ``line``."""
+        """Return what is left of ``units``, int64 (n,), as a function of the variables."""
         numbers = self._number[self._structure.units.label[units]]
         counts = Counter(numbers[numbers >= 0].tolist())
         return Width(float((numbers < 0).sum()), {n: times / self._size[n] for n, times in counts.items()})
 
     def width(self, layer: nn.Module, writes: bool) -> Width:
-        """What the time of a layer depends on: what is left of the channels that it writes (``writes``), or reads; 1 if
-        its weight is not a parameter.
+        """Return what the time of a layer depends on: how many of its channels are left.
 
         For a recurrent layer, what it writes is the mean of the units of all layers and directions.
+
+        Args:
+            layer: a layer of the plain copy.
+            writes: True: the channels that it writes. False: those that it reads.
+
+        Returns: the width as a function of the variables; 1 if the layer's weight is not a parameter.
         """
         widths = []
         for tensor_name, wanted in kind_of(layer).timed_places(layer, writes):

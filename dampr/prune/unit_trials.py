@@ -60,7 +60,7 @@ class Subject:
         return inputs.Twins(self.model)
 
     def used(self, sizes: Iterable[Size]) -> list[Size]:
-        """The attributes in ``sizes`` that a forward reads; all of them if shapes cannot show that."""
+        """Return the attributes in ``sizes`` that a forward reads; all of them if shapes cannot show that."""
         if self.shapes is None:
             return list(sizes)
         sizes = list(sizes)
@@ -80,6 +80,10 @@ class Subject:
 class Shapes:
     """Runs copies of a model on the meta device, where operators compute shapes and no values.
 
+    Args:
+        model: the whole model; not changed.
+        example_inputs: the inputs; they need not be on the meta device.
+
     Raises: what the model raises there.
     """
 
@@ -89,12 +93,12 @@ class Shapes:
         self._expected = self._run(self._twins.make())
 
     def without(self, units: Units, classes: list[int]) -> inputs.Twins:
-        """Makes copies on the meta device that have lost ``classes``."""
+        """Return a source of copies on the meta device that have lost ``classes``, of the partition ``units``."""
         return inputs.Twins(cut(self._twins.make(), units, classes), meta=True)
 
     def asks_for(self, sizes: list[Size]) -> bool:
-        """Whether a forward uses one of these attributes. They are set to an object that refuses all use, and the copy
-        is run.
+        """Return whether a forward uses one of these attributes. They are set to an object that refuses all use, and
+        the copy is run.
         """
         model = self._twins.make()
         try:
@@ -105,14 +109,14 @@ class Shapes:
         return not self.fits(model)
 
     def fits(self, small: nn.Module) -> bool:
-        """Whether a copy, for example a smaller one, runs and has outputs of the expected shapes."""
+        """Return whether a copy, for example a smaller one, runs and has outputs of the expected shapes."""
         try:
             return self._run(small) == self._expected
         except Exception:
             return False
 
     def _run(self, model: nn.Module) -> list[torch.Size]:
-        """The shapes of the outputs of a copy."""
+        """Return the shapes of the outputs of a copy."""
         with OnMeta(), inputs.unfused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return [t.shape for t in inputs.evaluate(model, self._inputs)]
@@ -134,7 +138,8 @@ class Trial:
     Args:
         subject: the model and its inputs.
         classes: the classes.
-        quick: compare on the example inputs alone; else also on inputs ten and a hundred times as large, with noise.
+        quick: True: compare on the example inputs alone. False: also on inputs ten and a hundred times as large, with
+            noise.
     """
 
     def __init__(self, subject: Subject, classes: list[int], quick: bool = False) -> None:
@@ -162,14 +167,14 @@ class Trial:
         return inputs.Twins(cut(self._subject.twins.make(), self._units, self._classes))
 
     def _outputs(self, number: int) -> list[Tensor]:
-        """The outputs of the masked model on sample ``number``, computed once. Raises what the model raises."""
+        """Return the outputs of the masked model on sample ``number``, computed once. Raises what the model raises."""
         if number not in self._expected:
             self._expected[number] = inputs.evaluate(self._masked, self._samples[number])
         return self._expected[number]
 
     def fits(self, sizes: list[Size]) -> bool:
-        """Whether a copy without the classes runs after the attributes in ``sizes`` have followed; True if shapes
-        cannot tell.
+        """Return whether a copy without the classes runs after the attributes in ``sizes`` have followed; True if
+        shapes cannot tell.
         """
         shapes = self._subject.shapes
         if shapes is None:
@@ -182,23 +187,29 @@ class Trial:
         return self._fits[key]
 
     def _followed(self, small: nn.Module, sizes: list[Size]) -> nn.Module:
-        """A copy without the classes, with the attributes in ``sizes`` changed."""
+        """Change the attributes in ``sizes`` of the copy ``small``, which has lost the classes; returns ``small``."""
         follow(small, sizes, self._units.indices(self._classes))
         return small
 
     def same(self, sizes: list[Size], first: bool = False) -> bool:
-        """Whether a copy without the classes, with the attributes in ``sizes`` changed, computes what the masked copy
-        does.
+        """Return whether a copy without the classes, with the attributes in ``sizes`` changed, computes what the masked
+        copy does.
 
         ``first``: compare on the example inputs alone.
         """
         return self.fits(sizes) and not self.differs(sizes, first)
 
     def differs(self, sizes: list[Size], first: bool = False) -> str:
-        """How the outputs of a copy without the classes, with the attributes in ``sizes`` changed, differ from the
-        masked copy.
+        """Return how the outputs of a copy without the classes, with the attributes in ``sizes`` changed, differ from
+        those of the masked copy.
 
-        Returns "" if they agree, and for a model on the meta device. ``first``: compare on the example inputs alone.
+        Earlier results for the same attributes are used again.
+
+        Args:
+            sizes: the attributes.
+            first: compare on the example inputs alone.
+
+        Returns: the difference in words; "" if the outputs agree, and for a model on the meta device.
         """
         if is_meta(self.model):
             return ""
@@ -209,7 +220,12 @@ class Trial:
         return self._said[key][1]
 
     def _difference(self, sizes: list[Size], numbers: range) -> str:
-        """As :meth:`differs`, on the samples with these numbers, without use of earlier results."""
+        """Compare as :meth:`differs` does, on the samples with these ``numbers``, without use of earlier results.
+
+        Returns: the difference in words; "" if the outputs agree.
+
+        Raises: what the masked model raises on sample 0. Later samples on which it raises are left out.
+        """
         small = self._followed(self._small.make(), sizes)
         with inputs.unfused(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a norm without weight warns if its width is not that of its input
@@ -237,12 +253,12 @@ class Trial:
 
 
 def is_meta(model: nn.Module) -> bool:
-    """Whether a model has parameters on the meta device, which have no values."""
+    """Return whether a model has parameters on the meta device, which have no values."""
     return any(p.is_meta for p in model.parameters())
 
 
 def _precision(outputs: list[Tensor]) -> torch.dtype:
-    """The lowest precision among output tensors; float32 if none of them is floating-point."""
+    """Return the lowest precision among output tensors; float32 if none of them is floating-point."""
     return max(
         (t.dtype for t in outputs if t.dtype in inputs.TOLERANCE),
         key=lambda kind: inputs.TOLERANCE[kind],
@@ -251,18 +267,23 @@ def _precision(outputs: list[Tensor]) -> torch.dtype:
 
 
 def _scaled(example_inputs: Any, scale: float) -> Any:
-    """The example inputs with every floating-point tensor multiplied by ``scale``."""
+    """Return the example inputs with every floating-point tensor multiplied by ``scale``."""
 
     def grow(leaf: Tensor) -> Tensor:
-        """A tensor of the inputs, multiplied if it is floating-point."""
+        """Return a tensor of the inputs, multiplied if it is floating-point."""
         return leaf * scale if leaf.is_floating_point() else leaf
 
     return with_tensors(grow, example_inputs)
 
 
 def mask_columns(model: nn.Module, units: Units, classes: Iterable[int]) -> None:
-    """Set the columns of weights that read ``classes`` to 0, in new parameters, so that those shared with others
+    """Set the columns of weights that read ``classes`` to 0, in new parameters, so that those shared with other models
     stay.
+
+    Args:
+        model: a copy of the model; changed in place.
+        units: the partition of the model.
+        classes: the classes that nothing is to read.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     closed: dict[str, list[tuple[int, Any]]] = {}
