@@ -1,5 +1,7 @@
 """The graph of a model: which layers read which layers' outputs, through which operations. It is read off autograd's
 graph of one run.
+
+A "node" is one of this graph (:class:`Node`); a ``grad_node`` is one of autograd's, a ``grad_fn``.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class Flow:
         self._walk(inputs.without_arithmetic(model, example_inputs, run))
 
     def _start(self, originals: dict[Any, Any]) -> None:
-        """Forget an earlier run. ``own``: module or parameter of the copy that will run -> that of the model."""
+        """Forget an earlier run. ``originals``: module or parameter of the copy that will run -> that of the model."""
         self._original = originals
         self.calls: dict[nn.Module, int] = {}
         # a layer's output node -> the layer, and its input nodes
@@ -69,7 +71,13 @@ class Flow:
         self._nodes: dict[Any, Node] = {}
 
     def _run(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> list[Any]:
-        """Run ``model`` and return autograd's nodes of its outputs."""
+        """Run a copy of the model, and return autograd's nodes of its outputs.
+
+        Args:
+            model: the copy.
+            example_inputs: its inputs.
+            whole: modules of the model that count as one node.
+        """
         cores = {module for module in model.modules() if self._original.get(module, module) in whole}
         layers = [m for m in model.modules() if tracing.is_leaf(m) or m in cores]
         handles: list[RemovableHandle] = [m.register_forward_pre_hook(self._enter, with_kwargs=True) for m in layers]
@@ -93,13 +101,13 @@ class Flow:
         return self._nodes[layer]
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: Any = None) -> None:
-        """Forward pre-hook: count the call and note the autograd nodes of what the layer is given."""
+        """Count the call of a layer and note the autograd nodes of what it is given, as a forward pre-hook."""
         layer = self._original.get(layer, layer)
         self.calls[layer] = self.calls.get(layer, 0) + 1
         self._given.setdefault(layer, []).append(_graph_nodes((args, kwargs)))
 
     def _leave(self, layer: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook: note the autograd nodes that this layer made, unless they came in as inputs."""
+        """Note the autograd nodes that a layer made, unless they came in as inputs, as a forward hook."""
         layer = self._original.get(layer, layer)
         input_nodes = self._given[layer].pop()
         is_layer = kind_of(layer).normalises or next(layer.parameters(), next(layer.buffers(), None)) is not None
@@ -132,7 +140,9 @@ class Flow:
             node.outputs.reverse()
 
     def _node(self, grad_node: Any) -> Node:
-        """The node of what autograd's node ``made`` belongs to: a layer, a parameter, or the operation itself."""
+        """Return the node of what autograd's node ``grad_node`` belongs to: a layer, a parameter, or the operation
+        itself.
+        """
         variable = getattr(grad_node, "variable", grad_node)
         key = self._made[grad_node][0] if grad_node in self._made else self._original.get(variable, variable)
         if key not in self._nodes:
@@ -141,7 +151,12 @@ class Flow:
         return self._nodes[key]
 
     def neighbours(self, layer: Any, after: Callable[[Node], list[Node]]) -> list[Node]:
-        """The first layers and bare parameters on each way from ``layer``, where ``after`` gives the next nodes."""
+        """Return the first layers and bare parameters on each way from ``layer``.
+
+        Args:
+            layer: a layer or bare parameter of the graph.
+            after: a function from a node to the next nodes on the way, such as those that read it.
+        """
         reached: dict[Node, None] = {}
         todo, seen = list(after(self[layer])), set()
         while todo:
@@ -155,7 +170,7 @@ class Flow:
 
 
 def _graph_nodes(values: Any) -> list[Any]:
-    """Autograd's nodes of the tensors in any containers, packed sequences included."""
+    """Return autograd's nodes of the tensors in any containers, packed sequences included."""
     leaves = pytree.tree_leaves(values, is_leaf=tracing.is_packed)
     return [
         t.grad_fn

@@ -1,7 +1,9 @@
 """The widths of a model: which layers share channels, and which channels can be cut without a change of the result.
 
 A *width* is one dimension that several layers share: the layers that write it (producers) and the layers that read it
-(consumers). The units come from :mod:`.units`; channels that have to go together have the same class.
+(consumers). The units come from :mod:`.units`; channels that have to go together have the same class, an integer.
+Functions with an argument ``writes`` are about one side of a layer: True for the channels that it writes, False for
+those that it reads.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Member:
         return self.module, self.writes
 
     def of(self, classes: set[int]) -> list[int]:
-        """The indices of this side's channels that belong to ``classes``."""
+        """Return the indices of this side's channels that belong to ``classes``."""
         return [channel for channel, class_id in zip(self.channels, self.classes, strict=True) if class_id in classes]
 
 
@@ -110,14 +112,14 @@ class Widths:
                 self._owners[name].append((owner, attribute))
 
     def called(self) -> list[nn.Module]:
-        """The modules without children, and attention, in the order in which they were first called."""
+        """Return the modules without children, and attention, in the order in which they were first called."""
         return list(self._flow.calls)
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._flow
 
     def why_absent(self, layer: nn.Module) -> str:
-        """Why a layer is not in the graph."""
+        """Return why a layer is not in the graph, in words."""
         if any(layer in core.modules() for core in self._cores):
             return "it is inside of an attention, of which only whole heads are cut"
         if layer in self._flow.calls:
@@ -127,7 +129,7 @@ class Widths:
     # ---- what comes after what
 
     def reaches_output(self, module: nn.Module) -> bool:
-        """Whether on some path the outputs of ``module`` become outputs of the model before another layer reads
+        """Return whether on some path the outputs of ``module`` become outputs of the model before another layer reads
         them.
         """
         todo, seen = [self._flow[module]], set()
@@ -142,14 +144,14 @@ class Widths:
         return False
 
     def sources(self, layer: nn.Module) -> list[Any]:
-        """The layers and bare parameters whose values reach ``layer`` through operations alone, with no layer in
+        """Return the layers and bare parameters whose values reach ``layer`` through operations alone, with no layer in
         between.
         """
         return [node.module for node in self._flow.neighbours(layer, lambda node: node.inputs)]
 
     def targets(self, layer: Any) -> list[Any]:
-        """The layers that the values of a layer, or of a bare parameter, reach through operations alone, with no layer
-        in between.
+        """Return the layers that the values of a layer, or of a bare parameter, reach through operations alone, with no
+        layer in between.
 
         None in the list stands for the model's output.
         """
@@ -158,8 +160,8 @@ class Widths:
         return [None if node is end else node.module for node in nodes]
 
     def norm_after(self, module: nn.Module) -> nn.Module | None:
-        """The BatchNorm or :class:`Scale` that is the only reader of ``module`` and has its channels, if both are
-        called once; else None.
+        """Return the BatchNorm or :class:`Scale` that is the only reader of ``module`` and has its channels, if both
+        are called once; else None.
         """
         after = self._flow[module].outputs
         norm: Any = after[0].module if len(after) == 1 else None
@@ -169,11 +171,11 @@ class Widths:
         return norm if self._calls(module) == self._calls(norm) == 1 else None
 
     def _calls(self, layer: nn.Module) -> int:
-        """How many times the example inputs call ``layer``; 1 if it was not counted."""
+        """Return how many times the example inputs call ``layer``; 1 if it was not counted."""
         return self._flow.calls.get(layer, 1)
 
     def norms_reading(self, layer: nn.Module) -> tuple[list[nn.Module], bool]:
-        """The BatchNorms that read the outputs of ``layer``, directly or after additions and other operations.
+        """Find the BatchNorms that read the outputs of ``layer``, directly or after additions and other operations.
 
         Returns: these norms in the order of the model, and whether they are the only readers, each with all channels
         and called once.
@@ -198,13 +200,13 @@ class Widths:
         return [norm for norm in self._names if norm in norms], no_others
 
     def layer_before(self, norm: nn.Module) -> nn.Module | None:
-        """The linear or convolution layer whose outputs the BatchNorm ``norm`` alone reads; None without one."""
+        """Return the linear or convolution layer whose outputs the BatchNorm ``norm`` alone reads; None without one."""
         before = self._flow[norm].inputs if norm in self else []
         layer: Any = before[0].module if len(before) == 1 else None
         return layer if kind_of(layer).gemm and self.norm_after(layer) is norm else None
 
     def readers_after(self, norm: nn.Module) -> list[nn.Module]:
-        """The linear and convolution layers that read the outputs of ``norm``, one column for each channel.
+        """Return the linear and convolution layers that read the outputs of ``norm``, one column for each channel.
 
         The list is empty if anything else reads them too.
         """
@@ -223,7 +225,7 @@ class Widths:
         return readers
 
     def around(self, norm: nn.Module) -> list[Side]:
-        """The sides of layers where a channel that is 0 after ``norm`` can be cut.
+        """Return the sides of layers where a channel that is 0 after ``norm`` can be cut.
 
         This is the layer that writes the input of ``norm``, or if there is no such layer, the layers that read its
         output.
@@ -251,7 +253,8 @@ class Widths:
         return {layer: other for _, layer, other in sorted(pairs, key=lambda item: item[0])}
 
     def _product_after(self, layer: nn.Module) -> tuple[Node | None, int, bool]:
-        """The product of two tensors that is the only reader of ``layer``, over a chain of operations with one input.
+        """Find the product of two tensors that is the only reader of ``layer``, over a chain of operations with one
+        input.
 
         Returns: the node of the product or None, the number of operations to it, and whether all operations before it
         map 0 to 0.
@@ -269,23 +272,23 @@ class Widths:
     # ---- what goes together
 
     def classes(self, layer: nn.Module, writes: bool) -> list[int]:
-        """The class of each channel that a layer writes or reads; empty if its weight is not a parameter or has a
+        """Return the class of each channel that a layer writes or reads; [] if its weight is not a parameter or has a
         single channel on that side.
         """
         place = self._place(layer, writes)
         return [] if place is None else self.units.classes(*place)
 
     def _place(self, layer: nn.Module, writes: bool) -> tuple[str, int] | None:
-        """The parameter, and its dimension, that has an index for each channel that a layer writes or reads; None if
-        there is none.
+        """Return the parameter, and its dimension, that has an index for each channel that a layer writes or reads;
+        None if there is none.
         """
         path = self._paths.get(layer, "")
         places = ((path + attribute, dim) for attribute, dim in kind_of(layer).places(layer, writes))
         return next((place for place in places if place[0] in self.units.alias and self.units.classes(*place)), None)
 
     def written_together(self, layer: nn.Module) -> list[nn.Module]:
-        """The layers whose output channels are added to those of ``layer``, channel by channel, so that one class holds
-        both.
+        """Return the layers whose output channels are added to those of ``layer``, channel by channel, so that one
+        class holds both.
 
         ``layer`` is among them; they are in the order of the model.
         """
@@ -294,7 +297,7 @@ class Widths:
         return layers if layer in layers else [layer]
 
     def why_not(self, layer: nn.Module) -> str | None:
-        """Why the channels that ``layer`` writes get no gates; None if they can have some.
+        """Return why the channels that ``layer`` writes get no gates; None if they can have some.
 
         Either none of them can be cut, or they can be cut only together with channels of a layer that cannot share the
         gates.
@@ -314,7 +317,7 @@ class Widths:
         )
 
     def members(self, layer: nn.Module, writes: bool) -> list[Member]:
-        """The sides of all layers that have some of the channels that ``layer`` writes or reads.
+        """Return the sides of all layers that have some of the channels that ``layer`` writes or reads.
 
         Raises: CannotCutError if one of these layers cannot be cut, or if the width is the model's input or output.
         """
@@ -333,9 +336,10 @@ class Widths:
         return sides
 
     def _with_some_of(self, wanted: frozenset[int]) -> list[Member]:
-        """The sides of all layers that have channels of these classes.
+        """Return the sides of all layers that have channels of the classes ``wanted``; each set of classes is looked up
+        once.
 
-        Raises: CannotCutError if a parameter outside of layers has some.
+        Raises: CannotCutError if a parameter outside of layers has some, or if one of the layers cannot be cut.
         """
         if wanted not in self._sides:
             members: dict[tuple[nn.Module, bool], Member] = {}
@@ -353,7 +357,7 @@ class Widths:
         return self._sides[wanted]
 
     def _reason(self, layer: nn.Module, writes: bool) -> str | None:
-        """Why some of these channels must stay; None if all can go.
+        """Return why some of the channels that a layer writes or reads must stay; None if all can go.
 
         Reasons that only hold in training mode because channels are mixed or averaged do not count: an auxiliary loss
         over all channels, for example, is also defined for fewer channels.
@@ -376,7 +380,7 @@ class Widths:
             return trace_units(self.traced, self._inputs, training=(False,))
 
     def _side(self, module: nn.Module, attribute: str, dim: int) -> bool | None:
-        """Which side of ``module`` dimension ``dim`` of its parameter ``own`` is.
+        """Return which side of ``module`` dimension ``dim`` of its parameter ``attribute`` is.
 
         Returns: True for what the layer writes, False for what it reads, None if another parameter decides.
 
@@ -404,8 +408,8 @@ class Widths:
             )
 
     def removable(self, layer: nn.Module, writes: bool, closed: Closed) -> set[int]:
-        """The classes of the channels of a side that can go: all layers that write them have closed them, or all that
-        read them.
+        """Return the classes of the channels of a side that can go: all layers that write them have closed them, or all
+        that read them.
 
         Args:
             layer, writes: the side.
@@ -422,9 +426,9 @@ class Widths:
         return gone.intersection(self.classes(layer, writes))
 
     def last(self, sides: Iterable[Side], gone: set[int]) -> set[int]:
-        """The classes that stay so that each of ``sides`` keeps a channel.
+        """Return the classes that stay so that each of ``sides`` keeps a channel.
 
-        For each side whose classes are all in ``gone``, this is its lowest class.
+        For each side whose classes are all in ``gone``, the classes that are to go, this is its lowest class.
         """
         classes_of_sides = (set(self.classes(*side)) for side in sides)
         return {min(classes) for classes in classes_of_sides if classes and classes <= gone}

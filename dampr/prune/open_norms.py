@@ -3,6 +3,9 @@
 A norm over channels divides by the number of all channels. If units are closed, a smaller model divides by fewer, so
 the masked model must count only open units too (:class:`dampr.nn.OpenStatistics`). The same holds for layers that
 standardise their weights over what these read (:class:`dampr.nn.OpenWeight`).
+
+A class is an integer that stands for units which can be cut only together (:mod:`.units`). A call, below, is
+(arguments, output) of one call of a module.
 """
 
 from __future__ import annotations
@@ -46,8 +49,12 @@ class OpenNorm:
     weight: dict[str, Any] | None = None
 
     def statistics(self, gate: Gate, index: Tensor) -> OpenStatistics:
-        """The statistics over open units for a module of this kind; ``index`` is the gate of each element, as in
-        ``gate``.
+        """Make the statistics over open units for a module of this kind.
+
+        Args:
+            gate: the gate vector.
+            index: int64, the number of the gate of each element, as in the gate vector; -1 for an element without a
+                gate.
         """
         options: dict[str, Any] = {"centred": self.centred, "correction": self.correction, "offset": self.offset}
         if self.weight is not None:
@@ -55,19 +62,28 @@ class OpenNorm:
         return OpenStatistics(gate, index, self.dim, whole=self.whole, **options)
 
     def without(self, classes: Collection[int], device: Any) -> OpenStatistics:
-        """The statistics without these classes."""
+        """Make the statistics without these classes, on ``device``: the gates of their elements are fixed at 0, all
+        others at 1.
+        """
         gone = set(classes)
         values = torch.tensor([float(class_id not in gone) for class_id in self.classes], device=device)
         return self.statistics(Fixed(values), torch.arange(len(values), device=device))
 
 
 def find(model: nn.Module, units: Units, example_inputs: Any, *, streams: bool = True) -> dict[str, OpenNorm]:
-    """name -> norm, for the norms of a plain model.
+    """Find the norms of a plain model.
 
     A norm is a module without children that has one input and one output of the same shape, and whose statistics all
     run over the same units. A layer that standardises its weight counts as a norm too.
 
-    ``streams``: also the norms of widths along which activations are added, as residual streams.
+    Args:
+        model: the plain model; it is run in evaluation, at most once.
+        units: its partition into classes.
+        example_inputs: the inputs of this run.
+        streams: True: also the norms of widths along which activations are added, as residual streams. False: only
+            others, and all layers that standardise their weights.
+
+    Returns: name -> norm.
     """
     added = set(units.label[units.added].tolist())
     weights: dict[str, set[tuple[str, int]]] = defaultdict(set)
@@ -101,8 +117,16 @@ def find(model: nn.Module, units: Units, example_inputs: Any, *, streams: bool =
 
 
 def _columns(model: nn.Module, units: Units, name: str, counted: Ints) -> tuple[str, int] | None:
-    """(parameter, dimension) whose columns a statistic over the units ``line`` counts in module ``name``: a parameter
-    of it, or the one that it parametrizes. None if it counts none of these.
+    """Find the columns that a statistic counts: those of a parameter of the module that computes it, or of the one that
+    this module parametrizes.
+
+    Args:
+        model: the plain model.
+        units: its partition into classes.
+        name: the name of the module.
+        counted: int64 (n,), the units that the statistic runs over.
+
+    Returns: (parameter, dimension); None if the statistic counts no columns.
     """
     owner = name.rpartition(".")[0] if ".parametrizations." in name else name
     for attribute, _ in model.get_submodule(owner).named_parameters(recurse=False):
@@ -114,11 +138,13 @@ def _columns(model: nn.Module, units: Units, name: str, counted: Ints) -> tuple[
 
 
 def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[str, list[tuple[Any, Any]]]:
-    """name -> (arguments, output) of each call of these modules."""
+    """Run the model in evaluation, and return name -> (arguments, output) of each call of the modules called
+    ``names``.
+    """
     calls: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
     def note(name: str) -> Any:
-        """A forward hook that notes the arguments and the output of module ``name``."""
+        """Make a forward hook that notes the arguments and the output of module ``name``."""
         return lambda norm, args, kwargs, output: calls[name].append(((*args, *kwargs.values()), output))
 
     with (
@@ -132,7 +158,14 @@ def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[
 
 
 def _of_input(norm: nn.Module, classes: tuple[int, ...], dim: int, call: tuple[Any, Any]) -> OpenNorm:
-    """What is known about a norm that normalises dimension ``dim``, from one call."""
+    """Find what is known about a norm of its input, from one call.
+
+    Args:
+        norm: the module.
+        classes: the class of each element of dimension ``dim``.
+        dim: the dimension that it normalises.
+        call: (arguments, output) of the call.
+    """
     (x,), _ = call
     of_place, of_sample = (
         _ignores(x, [1 if d in over else n for d, n in enumerate(x.shape)], norm)
@@ -142,7 +175,15 @@ def _of_input(norm: nn.Module, classes: tuple[int, ...], dim: int, call: tuple[A
 
 
 def _dim(args: Any, output: Any, size: int) -> int | None:
-    """The dimension of ``size`` elements: the last one or dimension 1; None if the call is not that of a norm."""
+    """Return the dimension of ``size`` elements of a norm's input: the last one (-1) or dimension 1.
+
+    Args:
+        args: the arguments of a call.
+        output: what it returned.
+        size: the number of elements that the norm counts.
+
+    Returns: None if the call is not that of a norm, or no such dimension has this size.
+    """
     if (
         len(args) != 1
         or not isinstance(args[0], Tensor)
@@ -157,15 +198,23 @@ def _dim(args: Any, output: Any, size: int) -> int | None:
 def _of_weight(
     layer: nn.Module, owned: str, classes: tuple[int, ...], dim: int, call: tuple[Any, Any]
 ) -> OpenNorm | None:
-    """What is known about a layer that standardises its parameter ``owned``, whose columns are dimension ``dim``; None
-    if its call is not that of a linear layer or a convolution.
+    """Find what is known about a layer that standardises its weight, from one call.
+
+    Args:
+        layer: the layer.
+        owned: the name of the parameter in the layer.
+        classes: the class of each of its columns.
+        dim: the dimension of these columns.
+        call: (arguments, output) of the call.
+
+    Returns: None if the call is not that of a linear layer or a convolution.
     """
     weight, (args, output) = layer.get_parameter(owned), call
     if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor) or weight.dim() < 2:
         return None
 
     def run(value: Tensor) -> Tensor:
-        """The output with another weight."""
+        """Return the output with another weight."""
         return cast(Tensor, torch.func.functional_call(layer, {owned: value}, args))
 
     every = range(weight.dim())
@@ -178,9 +227,14 @@ def _of_weight(
 
 @torch.no_grad()
 def _ignores(x: Tensor, shape: list[int], run: Callable[[Tensor], Any]) -> bool:
-    """Whether ``run(x)`` stays the same if random constants of this shape are added to x.
+    """Return whether ``run(x)`` stays the same if random constants of this shape are added to x.
 
     A norm that subtracts a mean over some dimensions ignores constants that do not change along these.
+
+    Args:
+        x: a tensor, floating-point.
+        shape: a shape that broadcasts to that of ``x``.
+        run: a function of a tensor like ``x`` with a tensor as its result.
     """
     generator = torch.Generator().manual_seed(0)
     constants = (1 + torch.rand(shape, generator=generator)).to(x.device, x.dtype) * x.abs().mean().clamp(min=1e-3)
@@ -226,7 +280,13 @@ def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor)
 
 
 def _offset(layer: nn.Module, x: Tensor, channels: int) -> str:
-    """The name of the parameter that the layer adds at the end: its output for zeros; "bias" if none is seen."""
+    """Return the name of the parameter that a layer adds at the end: its output for zeros; "bias" if none is seen.
+
+    Args:
+        layer: the layer.
+        x: an input.
+        channels: the dimension of the channels in its output.
+    """
     added = layer(torch.zeros_like(x)).movedim(channels, -1).flatten(0, -2)[0]
     names = (
         parameter for parameter, p in layer.named_parameters() if p.shape == added.shape and torch.allclose(p, added)
@@ -235,7 +295,16 @@ def _offset(layer: nn.Module, x: Tensor, channels: int) -> str:
 
 
 def _cut_alone(layer: nn.Module, name: str, units: Units, classes: Iterable[int]) -> nn.Module:
-    """A layer of this name without the units of ``classes``; changed in place."""
+    """Delete the indices of ``classes`` from the parameters and buffers of one layer.
+
+    Args:
+        layer: a copy of the layer; changed in place.
+        name: its name in the model.
+        units: the partition of the model into classes.
+        classes: the classes to delete.
+
+    Returns: ``layer``.
+    """
     gone = units.indices(classes)
     tables: tuple[dict[str, Any], ...] = layer._parameters, layer._buffers
     for tensors, attribute in (
@@ -250,7 +319,13 @@ def _cut_alone(layer: nn.Module, name: str, units: Units, classes: Iterable[int]
 
 
 def close(model: nn.Module, norms: Mapping[str, OpenNorm], classes: Collection[int]) -> None:
-    """Make the norms of a copy leave these classes out of their statistics."""
+    """Make the norms of a copy leave these classes out of their statistics.
+
+    Args:
+        model: the copy; changed in place.
+        norms: name -> norm.
+        classes: the classes. Norms that count none of them stay as they are.
+    """
     for name, norm in norms.items():
         if not set(classes).isdisjoint(norm.classes):
             module = model.get_submodule(name)
@@ -259,7 +334,9 @@ def close(model: nn.Module, norms: Mapping[str, OpenNorm], classes: Collection[i
 
 
 def in_one_vector(norms: Mapping[str, OpenNorm], vectors: Iterable[Iterable[int]]) -> dict[str, OpenNorm]:
-    """The norms whose classes with gates all belong to one gate vector; ``vectors`` are the classes of each."""
+    """Return the norms whose classes with gates all belong to one gate vector; ``vectors`` are the classes of each. A
+    norm without any is left out.
+    """
     number = {class_id: at for at, vector in enumerate(vectors) for class_id in vector}
     return {
         name: norm

@@ -1,4 +1,7 @@
-"""Check, by the trace of a model's operators, which of the layers that are to get gates must not have any, and why."""
+"""Check, by the trace of a model's operators, which of the layers that are to get gates must not have any, and why.
+
+A class is an integer that stands for units which can be cut only together (:mod:`.units`).
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def refused(
 
 
 def _why(protected: dict[int, str], units: Units, sides: Iterable[tuple[str, int]]) -> str | None:
-    """The reason why a class of one of ``sides`` is protected; None if no class is.
+    """Return the reason why a class of one of ``sides`` is protected; None if no class is.
 
     Args:
         protected: class -> why it may not be cut.
@@ -72,9 +75,15 @@ def _why(protected: dict[int, str], units: Units, sides: Iterable[tuple[str, int
 
 
 def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example_inputs: Any) -> dict[str, str]:
-    """name -> reason, for layers whose closed channels are not 0 where activations are added up or multiplied.
+    """Find the layers whose closed channels are not 0 where activations are added up or multiplied, as after an exp.
 
-    This happens after an exp, for example. ``written``: name -> the classes that the layer writes.
+    Args:
+        model: the model without gates.
+        units: its units.
+        written: name of a layer -> the classes of its output channels.
+        example_inputs: the inputs of the model.
+
+    Returns: name of a layer -> the reason; {} for a model that cannot be copied, or that needs some of its values.
     """
     summed = set(units.label[units.summed].tolist())
     classes = {class_id for layer_classes in written.values() for class_id in layer_classes if class_id in summed}
@@ -89,14 +98,22 @@ def _added(model: nn.Module, units: Units, written: dict[str, set[int]], example
 
 
 def _written(name: str, layer: nn.Module) -> tuple[str, int] | None:
-    """(parameter, dimension) with which a layer writes its channels; None if its weight is not a parameter."""
+    """Return (parameter, dimension) with which a layer called ``name`` writes its channels; None if its weight is not a
+    parameter.
+    """
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         return None
     return f"{name}.weight" if name else "weight", kind_of(layer).weight_dim(True)
 
 
 def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
-    """Why the example inputs do not reach a layer in evaluation, where results are compared; None if they do."""
+    """Return why the example inputs do not reach a layer in evaluation, where results are compared; None if they do.
+
+    Args:
+        name: the name of the layer; "" for the model.
+        layer: the layer.
+        units: the units of the model.
+    """
     prefix = f"{name}." if name else ""
     modes: set[bool] = set()
     for attribute, _ in layer.named_parameters():
@@ -110,11 +127,18 @@ def unreached(name: str, layer: nn.Module, units: Units) -> str | None:
 
 
 def _followed(model: nn.Module, units: Units, free: dict[str, tuple[str, int]], example_inputs: Any) -> dict[str, str]:
-    """name -> reason, for layers whose channels a copy of the model cannot do without.
+    """Find the layers whose channels a copy of the model cannot do without.
 
     Half of the channels are cut in the copy, which is traced (:func:`.units.proof.retrace`). The layer fails if the
-    copy does not run or computes another function. ``free``: name -> (parameter, dimension) of the channels that the
-    layer writes. Returns {} for a model that cannot be copied.
+    copy does not run or computes another function.
+
+    Args:
+        model: the model without gates.
+        units: its units.
+        free: name of a layer -> (parameter, dimension) of the channels that it writes.
+        example_inputs: the inputs of the model.
+
+    Returns: name of a layer -> the reason; {} for a model that cannot be copied.
     """
     wanted = {class_id for side in free.values() for class_id in units.classes(*side)}
     clusters = [cluster for cluster in units.clusters if wanted & set(cluster)]

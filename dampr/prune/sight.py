@@ -1,4 +1,7 @@
-"""Examines a model for convert before any gate is placed: its units, and which of these can be cut in a copy."""
+"""Examines a model for convert before any gate is placed: its units, and which of these can be cut in a copy.
+
+A class is an integer that stands for units which can be cut only together (:mod:`.units`).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class Sight:
     tied: set[str]
 
     def why_not(self, layer: nn.Module, name: str) -> str | None:
-        """The result of trying to cut the channels that ``layer`` (called ``name``) writes.
+        """Say what came of the try to cut the channels that ``layer`` (called ``name``) writes.
 
         Returns: why they cannot be cut; "" (a reason of no words) if the cut was tried and works; None if it was not
         tried.
@@ -63,9 +66,9 @@ class Sight:
         return ""
 
     def why_not_read(self, layer: nn.Module, name: str) -> str | None:
-        """Why the channels that ``layer`` (called ``name``) reads cannot be cut although the trace found no reason.
+        """Say why the channels that ``layer`` (called ``name``) reads cannot be cut although the trace found no reason.
 
-        None if they can be cut, and also if the trace itself found a reason.
+        Returns: the reason; None if they can be cut, and also if the trace itself found a reason.
         """
         weight, dim = f"{name}.weight".lstrip("."), kind_of(layer).weight_dim(False)
         classes = set(self.units.classes(weight, dim))
@@ -76,7 +79,7 @@ class Sight:
         return self._refused(classes) or self._normed(classes) or self._counted(classes)
 
     def _normed(self, classes: set[int]) -> str | None:
-        """Why gates on the outputs of a layer do not close ``classes`` although a norm can count open ones only.
+        """Return why gates on the outputs of a layer do not close ``classes`` although a norm can count open ones only.
 
         None if no norm counts them.
         """
@@ -86,7 +89,7 @@ class Sight:
         )
 
     def _counted(self, classes: set[int]) -> str | None:
-        """Why code beside the layers needs the width of ``classes``; None if none is known to."""
+        """Return why code beside the layers needs the width of ``classes``; None if none is known to."""
         places = {(m.name, m.dim) for class_id in classes for m in self.units.members[class_id]}
         code = next(
             (size for size in self.placement.read if (self.units.alias[size.parameter], size.dim) in places), None
@@ -98,7 +101,7 @@ class Sight:
         )
 
     def _refused(self, classes: Iterable[int]) -> str | None:
-        """Why one of ``classes`` was refused when it was tried; None if none was."""
+        """Return why one of ``classes`` was refused when it was tried; None if none was."""
         return next(
             (self.placement.refused[class_id] for class_id in classes if class_id in self.placement.refused), None
         )
@@ -109,8 +112,13 @@ class SightWarning(RuntimeWarning):
 
 
 def look(model: nn.Module, example_inputs: Any) -> Sight | None:
-    """The :class:`Sight` of a model; None if it has gates already, or if the tracer cannot follow it (then with a
-    warning).
+    """Trace a model and try which gates it can have.
+
+    Args:
+        model: the model; not changed.
+        example_inputs: the inputs of the trace.
+
+    Returns: None if the model has gates already, or if the tracer cannot follow it (then with a warning).
     """
     if any(of_kind(model, GatedLayer)):
         return None
@@ -133,7 +141,7 @@ def _say(model: nn.Module, error: Exception) -> None:
 
 
 def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
-    """The units of a model, and the classes that may have gates.
+    """Return the units of a model, and the classes that may have gates.
 
     If no whole group of some grouped convolution can be cut, as around a shuffle of channels, a second trace takes the
     channels in the same place of every group as one unit. The trace with more multiply-accumulates in reach is
@@ -150,10 +158,17 @@ def _placed(model: nn.Module, example_inputs: Any) -> tuple[Units, Placement]:
 
 
 def _placed_within(model: nn.Module, example_inputs: Any, within: Iterable[str] = ()) -> tuple[Units, Placement]:
-    """As :func:`_placed`, for these grouped convolutions whose groups all lose the same channels.
+    """Return the units of a model and the classes that may have gates, from one trace.
 
     Norms and layers that standardise their weights count only open units, so what they count may have gates; but for
     the widths of residual streams.
+
+    Args:
+        model: the model; not changed.
+        example_inputs: the inputs of the trace.
+        within: names of the weights of grouped convolutions whose groups all lose the same channels.
+
+    Raises: what the model raises.
     """
     units = trace_units(model, example_inputs, within=within)
     norms = open_norms.find(model, units, example_inputs, streams=False)
@@ -162,10 +177,17 @@ def _placed_within(model: nn.Module, example_inputs: Any, within: Iterable[str] 
 
 
 def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:
-    """Units and placement if norms may count only open units, so that the widths that they normalise may have gates
-    too.
+    """Return units and placement if norms may count only open units, so that the widths that they normalise may have
+    gates too.
 
     If the tracer cannot follow the model then, no class may have gates, with a warning.
+
+    Args:
+        model: the model; not changed.
+        units: its partition into classes, without norms that count only open units.
+        example_inputs: the inputs.
+
+    Returns: (the partition with these norms, the placement); ``units`` itself and an empty placement after a warning.
     """
     try:
         return _placed_with_open_norms(model, units, example_inputs)
@@ -175,14 +197,14 @@ def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tupl
 
 
 def _placed_with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:
-    """The units, with norms that can count only open units taken into account, and the placement of gates on them."""
+    """Return what :func:`with_open_norms` does, but raise what the model raises."""
     norms = open_norms.find(model, units, example_inputs)
     opened = units.with_open_statistics(norms)
     return opened, unit_gates.place(model, opened, example_inputs, norms)
 
 
 def _tied(model: nn.Module, units: Units) -> set[str]:
-    """The parameters that several modules share, by their names in ``units.origin``."""
+    """Return the parameters that several modules share, by their names in ``units.origin``."""
     owners: dict[str, set[nn.Module]] = {}
     for alias, name in units.alias.items():
         owners.setdefault(name, set()).add(model.get_submodule(alias.rpartition(".")[0]))

@@ -1,7 +1,8 @@
 """Compact a model whose gates are on parameters: delete the classes with closed gates from every parameter and buffer.
 
-The gates are folded into the parameters first. Beside the smaller model this writes the manifest, plain data about what
-is left of which tensor, and reads it again when a file is loaded.
+A class is an integer that stands for units which can be cut only together (:mod:`.units`). The gates are folded into
+the parameters first. Beside the smaller model this writes the manifest, plain data about what is left of which tensor,
+and reads it again when a file is loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Kept = dict[tuple[nn.Module, bool], Tensor]  # (layer, whether it writes them or
 
 
 def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.Module, Kept, dict[str, Any]]:
-    """A plain copy of ``model`` without the units whose gates are closed.
+    """Make a plain copy of ``model`` without the units whose gates are closed.
 
     Args:
         model: the model with gates; not changed.
@@ -88,16 +89,21 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
 
 
 def _count(structure: UnitStructure, closed: Tensor, name: str) -> int:
-    """The number of closed gates of the gated parameter ``name``; ``closed``: bool, (all gates,)."""
+    """Return the number of closed gates of the gated parameter ``name``; ``closed``: bool, (all gates,)."""
     (row,) = structure.rows(name)
     return int(closed[row.start : row.stop].sum())
 
 
 def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dict[str, str]) -> Tensor:
-    """The gates whose units are deleted, bool (all gates,).
+    """Return the gates whose units are deleted, bool (all gates,).
 
-    Of every vector at least one unit stays, and if enough are there a multiple of ``round_to``. For closed units that
-    stay a reason is entered in ``notes``.
+    Of every vector at least one unit stays, and if enough are there a multiple of ``round_to``.
+
+    Args:
+        structure: which gate cuts which classes.
+        closed: bool (all gates,), which gates are closed.
+        round_to: the number of which widths become multiples.
+        notes: gated parameter -> why closed units of it stay; gets an entry where some do.
     """
     gone = closed.clone()
     useful = set(structure.gate_of.values())
@@ -118,16 +124,21 @@ def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dic
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """name -> tensor of all parameters and buffers, under every name."""
+    """Return name -> tensor of all parameters and buffers, under every name."""
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def _left(
     structure: UnitStructure, classes: list[int], before: dict[str, tuple[int, ...]]
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """name -> dimension -> {"before": size, "kept": indices left} for every tensor that loses something.
+    """Return what is left of every tensor that loses something, under every name that it has.
 
-    ``before`` holds the shape of every tensor before the cut.
+    Args:
+        structure: which gate cuts which classes.
+        classes: the classes that were cut.
+        before: name -> the shape of the tensor before the cut.
+
+    Returns: name -> dimension -> {"before": size, "kept": indices left}.
     """
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in structure.units.alias.items():
@@ -143,7 +154,12 @@ def _left(
 
 
 def _sides(small: nn.Module, remaining: dict[str, dict[int, dict[str, Any]]]) -> Kept:
-    """The channels that are left of layers with a weight: (layer, whether it writes them) -> indices."""
+    """Return the channels that are left of layers with a weight: (layer, whether it writes them) -> indices, int64.
+
+    Args:
+        small: the model after the cut.
+        remaining: what is left of its tensors, as :func:`_left` returns it.
+    """
     kept: Kept = {}
     for name, module in small.named_modules():
         for dim, entry in remaining.get(f"{name}.weight".lstrip("."), {}).items():
@@ -154,7 +170,8 @@ def _sides(small: nn.Module, remaining: dict[str, dict[int, dict[str, Any]]]) ->
 
 
 def places_of(manifest: dict[str, Any], name: str) -> list[Any]:
-    """The manifest's entry for each dimension of tensor ``name``; None for a dimension that nothing was cut from.
+    """Return the manifest's entry for each dimension of tensor ``name``; None for a dimension that nothing was cut
+    from.
 
     Raises: ValueError if the entries are not what compaction writes.
     """
@@ -169,7 +186,7 @@ def places_of(manifest: dict[str, Any], name: str) -> list[Any]:
 
 
 def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
-    """module -> attribute -> its value before compaction, for numbers that code keeps beside its parameters.
+    """Return module -> attribute -> its value before compaction, for numbers that code keeps beside its parameters.
 
     Raises: ValueError if the entries are not what compaction writes.
     """
@@ -195,6 +212,10 @@ def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
 
 def restore_sizes(model: nn.Module, manifest: dict[str, Any]) -> None:
     """Set the numbers that code keeps beside its parameters to their values before compaction.
+
+    Args:
+        model: the model whose attributes are set.
+        manifest: the manifest of its compaction.
 
     Raises: ValueError if the manifest's entries are not what compaction writes, or name what ``model`` does not have.
     """
