@@ -1,4 +1,8 @@
-"""Where convert puts gates in a model: which layers get gates, which layers share them, and why others get none."""
+"""Where convert puts gates in a model: which layers get gates, which layers share them, and why others get none.
+
+A class is an integer that stands for units which can be cut only together (:mod:`.units`). ``include`` and ``exclude``
+are the arguments of :func:`dampr.convert`.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +65,10 @@ def choose(
 
     If ``exclude`` matches any name of a layer, or a transformer layer or attention around it, the layer is left out.
 
+    Args:
+        model: the model; not changed.
+        gate, granularity, per_sample, include, exclude: the arguments of :func:`dampr.convert`.
+
     Returns: first name -> layer, and for layers that cannot have such gates, first name -> why.
     """
     names: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
@@ -85,7 +93,12 @@ def choose(
 
 
 def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bool) -> str | None:
-    """Why a layer cannot have gates of this kind and granularity; None if it can."""
+    """Return why a layer cannot have gates of this kind and granularity; None if it can.
+
+    Args:
+        layer: the layer.
+        gate, granularity, per_sample: the arguments of :func:`dampr.convert`.
+    """
     if has_own_forward(layer):
         return "its forward was set on the object, and no layer with gates computes that"
     if any(p.is_complex() for p in layer.parameters(recurse=False)):
@@ -109,7 +122,9 @@ def _unfit(layer: nn.Module, gate: Any, granularity: Granularity, per_sample: bo
 
 
 def _is_parametrized(layer: nn.Module) -> bool:
-    """Whether a layer would get gates but for torch.nn.utils.parametrize, which replaced its type by a subclass."""
+    """Return whether a layer would get gates but for torch.nn.utils.parametrize, which replaced its type by a
+    subclass.
+    """
     return parametrize.is_parametrized(layer) and type(layer).__bases__[0] in REPLACEMENT
 
 
@@ -121,13 +136,20 @@ def place(
     tie: bool,
     sight: Sight | None,
 ) -> LayerPlan:
-    """The plan for the layers of ``chosen``: where their gates go, and which layers are left out after all.
+    """Plan where the gates of the layers ``chosen`` go, and which of these layers are left out after all.
 
     Without example inputs, or with another granularity than "output", each layer gets its own gates.
 
     Args:
+        model: the model; not changed.
+        chosen: name -> layer, as :func:`choose` returns them.
+        granularity: what one gate multiplies.
+        example_inputs: the inputs by which the model is followed; None if there are none.
         tie: whether layers whose outputs are added up share their gates.
         sight: what tracing the units of the model showed; None if they were not traced.
+
+    Raises: ValueError if a convolution needs example inputs to find the BatchNorm after it, and there are none; what
+    following the model raises.
     """
     plan = LayerPlan(dict(chosen), {}, {}, {}, list(chosen))
     if granularity == "input" and sight is not None:
@@ -151,34 +173,9 @@ def place(
     widths = graph.Widths(model, example_inputs, sight.units if sight is not None else None, plain)
     names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     plan.layers, plan.order, plan.widths = {}, [names[module] for module in widths.called()], widths
-    gates: dict[nn.Module, str] = {}  # layer whose outputs are gated -> name of the layer that holds the gate
-    factors = _factors(chosen, widths)
-    wanted = {n: layer for n, layer in chosen.items() if not kind_of(layer).attends and n not in plan.heads}
-    reasons = {n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in wanted.items()}
-    free = {n: chosen[n] for n, reason in reasons.items() if reason is None and not kind_of(chosen[n]).recurrent}
-    tried: dict[str, str | None] = {}
-    if sight is not None:
-        tried = {n: sight.why_not(m, n) for n, m in free.items() if second_opinion.unreached(n, m, sight.units) is None}
-    plan.skipped = {n: reason for n, reason in (reasons | tried).items() if reason}
-    judged = {n: layer for n, layer in chosen.items() if n not in plan.skipped or n in factors}
-    whole = {n for n in judged if n not in wanted or kind_of(judged[n]).recurrent}
-    known = {n for n, reason in tried.items() if reason == ""}
-    plan.skipped |= second_opinion.refused(widths.traced, widths.units, judged, example_inputs, whole, known)
-    for name, layer in chosen.items():
-        if name in plan.skipped:
-            continue
-        if name not in wanted:
-            plan.layers[name] = layer
-            continue
-        places = [names[norm] for norm in _norms_after(layer, widths)] or [name]
-        gates[layer] = places[0]
-        for place in places:
-            plan.layers[place] = model.get_submodule(place)
-            if place != places[0]:
-                plan.shared_with[place] = places[0]
-        if places != [name]:
-            weights_per_channel = sum(p.numel() for p in layer.parameters(recurse=False)) / channel_count(layer, True)
-            plan.weights_per_gate[places[0]] = weights_per_channel + 2
+    by_channel = {n: layer for n, layer in chosen.items() if not kind_of(layer).attends and n not in plan.heads}
+    plan.skipped = _refused(model, chosen, by_channel, widths, tie, example_inputs, sight)
+    gates = _enter(plan, model, chosen, by_channel, widths)
     if tie:
         for layer, place in gates.items():
             together = (
@@ -191,12 +188,86 @@ def place(
     return plan
 
 
+def _refused(
+    model: nn.Module,
+    chosen: dict[str, nn.Module],
+    by_channel: dict[str, nn.Module],
+    widths: graph.Widths,
+    tie: bool,
+    example_inputs: Any,
+    sight: Sight | None,
+) -> dict[str, str]:
+    """Find the layers of ``chosen`` that get no gates after all, and why.
+
+    Args:
+        model, chosen, tie, example_inputs, sight: as for :func:`place`.
+        by_channel: those of ``chosen`` that lose single channels or units, not heads of an attention.
+        widths: the widths of the model.
+
+    Returns: name -> the reason.
+    """
+    factors = _factors(chosen, widths)
+    reasons = {
+        n: factors.get(n) or _why_not(layer, widths, tie, model, example_inputs) for n, layer in by_channel.items()
+    }
+    free = {n: chosen[n] for n, reason in reasons.items() if reason is None and not kind_of(chosen[n]).recurrent}
+    tried: dict[str, str | None] = {}  # what came of a cut: why it fails, "" if it works, None if it was not tried
+    if sight is not None:
+        tried = {n: sight.why_not(m, n) for n, m in free.items() if second_opinion.unreached(n, m, sight.units) is None}
+    skipped = {n: reason for n, reason in (reasons | tried).items() if reason}
+    judged = {n: layer for n, layer in chosen.items() if n not in skipped or n in factors}
+    whole = {n for n in judged if n not in by_channel or kind_of(judged[n]).recurrent}
+    known = {n for n, reason in tried.items() if reason == ""}
+    return skipped | second_opinion.refused(widths.traced, widths.units, judged, example_inputs, whole, known)
+
+
+def _enter(
+    plan: LayerPlan,
+    model: nn.Module,
+    chosen: dict[str, nn.Module],
+    by_channel: dict[str, nn.Module],
+    widths: graph.Widths,
+) -> dict[nn.Module, str]:
+    """Enter the layers that are not skipped into ``plan``, with gates in them or in the norms after them.
+
+    Args:
+        plan: the plan, with all layers that are skipped; changed in place.
+        model, chosen, by_channel, widths: as for :func:`_refused`.
+
+    Returns: layer whose outputs are gated -> name of the layer, or the first norm, that holds the gate.
+    """
+    names = {module: name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    gates: dict[nn.Module, str] = {}
+    for name, layer in chosen.items():
+        if name in plan.skipped:
+            continue
+        if name not in by_channel:
+            plan.layers[name] = layer
+            continue
+        places = [names[norm] for norm in _norms_after(layer, widths)] or [name]
+        gates[layer] = places[0]
+        for place in places:
+            plan.layers[place] = model.get_submodule(place)
+            if place != places[0]:
+                plan.shared_with[place] = places[0]
+        if places != [name]:
+            weights_per_channel = sum(p.numel() for p in layer.parameters(recurse=False)) / channel_count(layer, True)
+            plan.weights_per_gate[places[0]] = weights_per_channel + 2  # a norm has a gain and a bias
+    return gates
+
+
 def place_streams(
     plan: LayerPlan, model: nn.Module, gate: Any, include: Filter, exclude: Filter, example_inputs: Any
 ) -> None:
     """Add the norms of residual streams to ``plan``; the first norm of each stream holds the gate of all.
 
     Layers that write a stream, and norms whose stream gets no gates, get a reason in ``plan.skipped``.
+
+    Args:
+        plan: the plan; changed in place.
+        model: the model.
+        gate, include, exclude: the arguments of :func:`dampr.convert`.
+        example_inputs: the inputs by which the model is followed.
     """
     plain = plain_copy(model, example_inputs) if any(of_kind(model, GatedLayer)) else model
     names = {module: name for name, module in reversed(list(plain.named_modules(remove_duplicate=False)))}
@@ -236,7 +307,15 @@ def place_streams(
 
 
 def _why_not(layer: Any, widths: graph.Widths, tie: bool, model: nn.Module, example_inputs: Any) -> str | None:
-    """Why a layer gets no gates on its outputs; None if it gets some."""
+    """Return why a layer gets no gates on its outputs; None if it gets some, or if it is judged later.
+
+    Args:
+        layer: the layer.
+        widths: the widths of the model.
+        tie: whether layers and norms may share gates.
+        model: the model.
+        example_inputs: the inputs by which the model is followed.
+    """
     if kind_of(layer).recurrent:
         return recurrent.why_not(model, layer, example_inputs)
     if is_depthwise(layer):
@@ -256,10 +335,14 @@ def _why_not(layer: Any, widths: graph.Widths, tie: bool, model: nn.Module, exam
 
 
 def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, str]:
-    """For pairs of layers whose outputs are multiplied channel by channel: the name of the second layer -> why it needs
-    no gates.
+    """Find pairs of layers whose outputs are multiplied channel by channel. The gates of the first layer close the
+    channels of both.
 
-    The gates of the first layer close the channels of both.
+    Args:
+        chosen: name -> layer; both layers of a pair are among them.
+        widths: the widths of the model.
+
+    Returns: the name of each second layer -> why it needs no gates.
     """
     names = {layer: name for name, layer in chosen.items()}
     reasons: dict[str, str] = {}
@@ -270,12 +353,12 @@ def _factors(chosen: dict[str, nn.Module], widths: graph.Widths) -> dict[str, st
 
 
 def _has_channels(layer: nn.Module, widths: graph.Widths) -> bool:
-    """Whether ``widths`` knows the channels that a layer writes, one for each index of its weight."""
+    """Return whether ``widths`` knows the channels that a layer writes, one for each index of its weight."""
     return layer in widths and not kind_of(layer).recurrent
 
 
 def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
-    """The BatchNorms that get the gates on the outputs of ``layer``.
+    """Return the BatchNorms that get the gates on the outputs of ``layer``.
 
     Empty if the layer itself gets the gates, because no norm reads it or one of the norms cannot have gates.
     """
@@ -284,7 +367,13 @@ def _norms_after(layer: nn.Module, widths: graph.Widths) -> list[nn.Module]:
 
 
 def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> None:
-    """Take layers out of a plan, and with them all layers that are added to them; ``reasons``: name -> why."""
+    """Take layers out of a plan, and with them all layers that are added to them.
+
+    Args:
+        plan: the plan, of a model that was traced; changed in place.
+        model: the model.
+        reasons: name of a layer to take out -> why.
+    """
     assert plan.widths is not None
     for name, reason in reasons.items():
         gated = model.get_submodule(name)
@@ -300,8 +389,12 @@ def leave_out(plan: LayerPlan, model: nn.Module, reasons: dict[str, str]) -> Non
 
 
 def idle(plan: LayerPlan) -> dict[str, str]:
-    """name -> why its gates would cut nothing, for norms of a plan all of whose gates are where no layer alone writes
-    or reads what they multiply.
+    """Find the norms of a plan whose gates would cut nothing, because no layer alone writes or reads what they
+    multiply.
+
+    Norms that share gates are found only if that holds for all of them.
+
+    Returns: name of a norm -> why; {} for a model that was not traced.
     """
     if plan.widths is None:
         return {}
@@ -317,7 +410,14 @@ def idle(plan: LayerPlan) -> dict[str, str]:
 
 
 def leave_out_shared(plan: LayerPlan, model: nn.Module, units: Units, exclude: Filter) -> None:
-    """Take layers out of a plan whose width an excluded layer writes too, because that would be cut with them."""
+    """Take layers out of a plan whose width an excluded layer writes too, because that would be cut with them.
+
+    Args:
+        plan: the plan; changed in place.
+        model: the model.
+        units: its partition into classes.
+        exclude: the argument of :func:`dampr.convert`.
+    """
     reason = "exclude leaves out a layer that writes its width too"
     for name, classes in gated_classes(units, plan)[0].items():
         if name in plan.layers and len(unit_gates.wanted(model, units, classes, None, exclude)) < len(classes):
@@ -325,7 +425,7 @@ def leave_out_shared(plan: LayerPlan, model: nn.Module, units: Units, exclude: F
 
 
 def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], list[str]]:
-    """What the gates of a plan close.
+    """Find what the gates of a plan close.
 
     Returns: for each gated layer, the class that each gate closes; and the names of the attentions that lose whole
     heads and the layers that lose units of a recurrent state.
@@ -346,14 +446,14 @@ def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], 
 
 
 def share_of_layers(units: Units, plan: LayerPlan) -> float:
-    """The share, 0 to 1, of the multiply-accumulates of the model that the gates of a plan can save."""
+    """Return the share, 0 to 1, of the multiply-accumulates of the model that the gates of a plan can save."""
     classes, whole = gated_classes(units, plan)
     closed = itertools.chain(*classes.values(), _recurrent_classes(units, plan))
     return share_of_macs(units, closed, whole)
 
 
 def _recurrent_classes(units: Units, plan: LayerPlan) -> Iterator[int]:
-    """The classes that the gates of recurrent layers close: those of the outputs of each layer and direction."""
+    """Yield the classes that the gates of recurrent layers close: those of the outputs of each layer and direction."""
     for name, layer in plan.layers.items():
         for attribute in unit_columns(layer) if kind_of(layer).recurrent else ():
             if (full := f"{name}.{attribute}".lstrip(".")) in units.alias:
@@ -361,7 +461,7 @@ def _recurrent_classes(units: Units, plan: LayerPlan) -> Iterator[int]:
 
 
 def multiplies_beside(units: Units, plan: LayerPlan, model: nn.Module) -> bool:
-    """Whether code outside of layers multiplies channels that the gates of a plan close.
+    """Return whether code outside of layers multiplies channels that the gates of a plan close.
 
     The cost of a model with gated layers misses such products, because it is computed from layers.
     """
@@ -377,7 +477,14 @@ def multiplies_beside(units: Units, plan: LayerPlan, model: nn.Module) -> bool:
 
 
 def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
-    """Add to ``plan.skipped`` the reasons that the units of the model give, ``why``: layer -> reason."""
+    """Add to ``plan.skipped`` the reasons that the units of the model give.
+
+    A layer that has a reason already gets both.
+
+    Args:
+        plan: the plan; changed in place.
+        why: name of a layer -> the reason.
+    """
     # UNSAID says only that no step gave a reason, so it adds nothing.
     said = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}
     combined = {name: f"{said[name]}; as a layer, {r}" for name, r in plan.skipped.items() if said.get(name, r) != r}
@@ -387,6 +494,12 @@ def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
 def name_others(plan: LayerPlan, model: nn.Module, sight: Sight, include: Filter, exclude: Filter) -> None:
     """Add to ``plan.skipped`` the layers of types that the plan does not know, for example of classes derived from
     torch's, or that the filters leave out, if what they write gets no gates.
+
+    Args:
+        plan: the plan; changed in place.
+        model: the model.
+        sight: what tracing its units showed.
+        include, exclude: the arguments of :func:`dampr.convert`.
     """
     closed, whole = gated_classes(sight.units, plan)
     known = [*whole, *plan.layers, *plan.skipped]

@@ -136,8 +136,12 @@ class _Search:
         # (clusters that can be cut together, the attributes that change with them)
         self._good: list[tuple[list[list[int]], list[Size]]] = []
         self._assumed = False  # whether some clusters were only checked by shapes
-        kind = functools.partial(_kind, subject.units)
-        todo = [clusters] if clusters else []
+        self._try_all()
+
+    def _try_all(self) -> None:
+        """Try all clusters at once, and smaller and smaller sets of them where that fails."""
+        kind = functools.partial(_kind, self._subject.units)
+        todo = [self._clusters] if self._clusters else []
         while todo:
             subset = todo.pop()
             if self._passes(subset) or len(subset) == 1:
@@ -264,12 +268,12 @@ def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
     sure = [size for size in sizes if _is_sure(subject.model, size)]
     asked = {*sure, *subject.used(size for size in sizes if size not in sure)}
     sizes = [size for size in sizes if size in asked]
-    kinds = [sizes, []] if sizes else [[]]
+    choices = [sizes, []] if sizes else [[]]
     if sizes and len({_kind(subject.units, cluster) for cluster in clusters}) == 1:
-        kinds[1:1] = [
+        choices[1:1] = [
             [size for size in sizes if "head" in size.attribute],
             [size for size in sizes if "head" not in size.attribute],
-            # layers one after the other of one class, with one width: what one writes the next reads
+            # layers of one type one after the other, with one width: what one writes the next reads
             [size for size in sizes if subject.units.is_row(size.parameter, size.dim)],
             [size for size in sizes if not subject.units.is_row(size.parameter, size.dim)],
         ]
@@ -283,12 +287,12 @@ def _choices(subject: Subject, clusters: list[list[int]]) -> list[list[Size]]:
             size for size in sizes if not re.search("head.*(dim|size|width)|(dim|size|width).*head", size.attribute)
         ]
         kept = [sizes, heads] if len(heads) < len(sizes) else [sizes]
-        kinds += [
+        choices += [
             [size for size in some_sizes if size.attribute not in left_out]
             for some_sizes in kept
             for left_out in [set(), *without]
         ]
-    return [chosen for number, chosen in enumerate(kinds) if chosen not in kinds[:number]]
+    return [chosen for number, chosen in enumerate(choices) if chosen not in choices[:number]]
 
 
 def _kind(units: Units, cluster: list[int]) -> str:
