@@ -56,6 +56,7 @@ class Flow:
 
     def __init__(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> None:
         def run(running: nn.Module, sample: Any) -> list[Any]:
+            """Run a copy of the model, and return autograd's nodes of its outputs."""
             self._start(inputs.counterparts(running, model))
             return self._run(running, sample, whole)
 
@@ -65,9 +66,9 @@ class Flow:
         """Forget an earlier run. ``originals``: module or parameter of the copy that will run -> that of the model."""
         self._original = originals
         self.calls: dict[nn.Module, int] = {}
-        # a layer's output node -> the layer, and its input nodes
+        # autograd's node of a layer's output -> the layer, and autograd's nodes of its inputs
         self._made: dict[Any, tuple[nn.Module, list[Any]]] = {}
-        self._given: dict[nn.Module, list[list[Any]]] = {}
+        self._given: dict[nn.Module, list[list[Any]]] = {}  # running layers -> autograd's nodes of their inputs
         self._nodes: dict[Any, Node] = {}
 
     def _run(self, model: nn.Module, example_inputs: Any, whole: set[nn.Module]) -> list[Any]:

@@ -95,9 +95,10 @@ class Widths:
             raise TracingError(
                 f"the operators of {type(model).__name__} cannot be followed ({type(error).__name__}: {error})"
             ) from error
+        # name of a parameter, as in ``units.origin`` -> the layers that have it, with their names for it
         self._owners: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
-        self._paths: dict[nn.Module, str] = {}
-        self._sides: dict[frozenset[int], list[Member]] = {}
+        self._paths: dict[nn.Module, str] = {}  # layer -> what the names of its parameters begin with in ``units``
+        self._sides: dict[frozenset[int], list[Member]] = {}  # classes -> what :meth:`_with_some_of` found for them
         twins = dict(plain.named_modules()) if plain is not None else {}
         for module, name in self._names.items():
             # A gated norm that also computes the activation after it is a Sequential of both in the plain copy.
@@ -336,7 +337,7 @@ class Widths:
         return sides
 
     def _with_some_of(self, wanted: frozenset[int]) -> list[Member]:
-        """Return the sides of all layers that have channels of the classes ``wanted``; each set of classes is looked up
+        """Return the sides of all layers that have channels of the classes ``wanted``. Each set of classes is looked up
         once.
 
         Raises: CannotCutError if a parameter outside of layers has some, or if one of the layers cannot be cut.
@@ -417,6 +418,7 @@ class Widths:
 
         Raises: CannotCutError if the width cannot be cut at all.
         """
+        # (class, whether it is written) of closed channels, and of open ones
         shut, used = set[tuple[int, bool]](), set[tuple[int, bool]]()
         for m in self.members(layer, writes):
             closed_channels = closed.get(m.side, set())

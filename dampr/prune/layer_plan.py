@@ -427,8 +427,12 @@ def leave_out_shared(plan: LayerPlan, model: nn.Module, units: Units, exclude: F
 def gated_classes(units: Units, plan: LayerPlan) -> tuple[dict[str, list[int]], list[str]]:
     """Find what the gates of a plan close.
 
-    Returns: for each gated layer, the class that each gate closes; and the names of the attentions that lose whole
-    heads and the layers that lose units of a recurrent state.
+    Args:
+        units: the partition of the model into classes.
+        plan: the plan.
+
+    Returns: (name of a gated layer -> the class that each of its gates closes, in order; the names of the attentions
+    that lose whole heads and of the layers that lose units of a recurrent state).
     """
     classes: dict[str, list[int]] = {}
     whole: list[str] = []

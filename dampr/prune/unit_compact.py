@@ -51,6 +51,7 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
     before = {name: tuple(t.shape) for name, t in _tensors(small).items()}
     cut(small, structure.units, classes)
     changed = follow(small, sizes, structure.units.indices(classes))
+    # what the manifest says of convolutions whose number of groups may have changed
     for name, module in small.named_modules():
         original: Any = model.get_submodule(name)
         if isinstance(module, nn.modules.conv._ConvNd) and (
@@ -108,11 +109,11 @@ def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dic
     gone = closed.clone()
     useful = set(structure.gate_of.values())
     for gate, (row,) in zip(structure.holders, structure.widths(), strict=True):
-        closed_gates = [i for i in row if closed[i] and i in useful]
+        closed_gates = [index for index in row if closed[index] and index in useful]
         kept_count = -(-max(1, len(row) - len(closed_gates)) // round_to) * round_to
         stay = min(len(closed_gates), kept_count - (len(row) - len(closed_gates)))
-        for i in closed_gates[:stay]:
-            gone[i] = False
+        for index in closed_gates[:stay]:
+            gone[index] = False
         if stay:
             why = (
                 "every layer keeps one at least"

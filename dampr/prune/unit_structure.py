@@ -91,6 +91,7 @@ class UnitStructure(GateVector[GatedParameter]):
         self.counted = {
             name: self.units.label[line].tolist() for name, line in self.units.counted if name in self.counting
         }
+        # a layer that standardises its weight counts the columns of this weight, and so does a parametrization
         for name, statistics in self.counting.items():
             weight = (
                 f"{name}.{statistics.owned}"
@@ -112,7 +113,7 @@ class UnitStructure(GateVector[GatedParameter]):
         Returns: class -> gate. Classes that something reads without that gate are left out.
         """
         units = self.units
-        number = np.full(len(units.label), -1)
+        gate_of_unit = np.full(len(units.label), -1)  # unit -> the gate that multiplies it; -1 if none does
         for name, layer in self.gated.items():
             parameter = parameter_name(name)
             index = layer.index.cpu().numpy()
@@ -120,17 +121,18 @@ class UnitStructure(GateVector[GatedParameter]):
                 first = units.first_unit(parameter, layer.dim)
             except KeyError:  # a dimension of size 1
                 continue
-            dim_gates = number[first : first + len(index)]
+            dim_gates = gate_of_unit[first : first + len(index)]
             dim_gates[index >= 0] = index[index >= 0] + self.start(name)
         free = set(readable(units, dict(self.plain.named_parameters(remove_duplicate=False))))
         gate_by_class: dict[int, int] = {}
         columns = np.flatnonzero(units.columns)
-        by_class: dict[int, set[int]] = defaultdict(set)
+        gates_of_columns: dict[int, set[int]] = defaultdict(set)
         for unit, class_id in zip(columns.tolist(), units.label[columns].tolist(), strict=True):
-            by_class[class_id].add(int(number[unit]))
-        for class_id, gates in by_class.items():
+            gates_of_columns[class_id].add(int(gate_of_unit[unit]))
+        for class_id, gates in gates_of_columns.items():
             if len(gates) == 1 and (gate := next(iter(gates))) >= 0 and class_id in free:
                 gate_by_class[class_id] = gate
+        # a norm must count each class by the gate that closes it
         for name, classes in self.counted.items():
             norm = self.counting[name]
             start = next((self.start(holder) for holder in self.holders if self.gated[holder].gate is norm.gate), None)

@@ -41,6 +41,7 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
         result: the dimensions of the result.
     """
     _note_contracted(call, a, b, letters)
+    # both factors are brought to the same dimensions: those of the result, then the contracted ones
     order = result + "".join(sorted(set("".join(letters)) - set(result)))
     sizes = {
         letter: 1 if letter == "g" else n
@@ -305,6 +306,7 @@ def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed
     batch, channels = _image_axes(call, tensor)
     width, samples = tensor.shape[1], 1
     if groups > 1 and _differs_by_sample(call, weight, channels, width, read if transposed else written, groups):
+        # one sample stands for all: a convolution without groups
         samples, groups, width = groups, 1, width // groups
         of_one_group = [units[: len(units) // samples] for units in (read if transposed else written)]
         read, written = (of_one_group, written) if transposed else (read, of_one_group)
@@ -321,6 +323,7 @@ def _convolved(call: Call, tensor: Tensor, weight: Tensor, bias: Any, transposed
         call.ledger.written += [
             units.numpy() for units in (written if groups == 1 or not transposed or within else read)
         ]
+    # the dimensions that the multiply-accumulates are proportional to
     of_sides = [*read, *written] if groups == 1 or within else read if transposed else written
     if groups > 1 and not of_sides:  # the weight has no units: a filter that code makes for every channel
         of_sides = channels

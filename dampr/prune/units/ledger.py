@@ -322,13 +322,13 @@ class Ledger:
             for marks, size in operands
         ]
         out: Axes = []
-        for axes, _ in padded:
+        for axes, _ in padded:  # the axes of each operand meet those of all operands before it
             others, joined = out, []
             for axis in moving(axes):
                 axis, others = self._among(axis, others, call)
                 joined.append(axis)
             out = others + joined
-        for number, (axes, _) in enumerate(padded):
+        for number, (axes, _) in enumerate(padded):  # data without units may differ along the units of an operand
             for axis in moving(axes):
                 for other_number, (other_axes, size) in enumerate(padded):
                     dims = {d for d in varying(axis) if size[d] > 1}
@@ -450,6 +450,7 @@ class Ledger:
         rows = axis.permute(*stay, *(d for d in range(axis.dim()) if d not in stay)).reshape(
             math.prod(axis.shape[d] for d in stay), -1
         )
+        # rows with the same first and last unit and the same sum are taken for equal
         key = torch.stack((rows[:, 0], rows[:, -1], rows.sum(1)), 1)
         _, same = torch.unique(key, dim=0, return_inverse=True)
         units = self.fresh(int(same.max()) + 1)[same]
@@ -473,6 +474,7 @@ class Ledger:
         out, groups = [], runs(old, new)
         for axis in axes:
             dims = varying(axis)
+            # the view is done on the axis, at full size along the dimensions that it regroups with those of the axis
             hit = [(olds, news) for olds, news in groups if dims & set(olds)]
             full = [old[d] if any(d in olds for olds, _ in hit) else 1 for d in range(len(old))]
             sizes = [new[d] if any(d in news for _, news in hit) else 1 for d in range(len(new))]

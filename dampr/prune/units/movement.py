@@ -30,6 +30,12 @@ def equal_parts(call: Call, axis: Tensor, dim: int, parts: int) -> None:
 
     The code knows how many parts there are, but not how long they are. Channel i of every part becomes the same unit.
     Nothing is recorded if the axis does not change along ``dim``.
+
+    Args:
+        call: the call that takes the parts.
+        axis: an axis of the tensor.
+        dim: the dimension, a number from 0 on.
+        parts: the number of parts; it divides the size of the dimension.
     """
     if axis.shape[dim] > 1:
         split = axis.unflatten(dim, (parts, -1))
@@ -42,6 +48,11 @@ def _literal(call: Call, axis: Tensor, dim: int) -> None:
     If the axis changes along ``dim`` alone, its units are fixed, because the numbers would pick other channels of a
     smaller tensor. If it changes along other dimensions too (channels beside heads, say), all indices of ``dim`` become
     one unit and the others can still be cut.
+
+    Args:
+        call: the call that takes the part.
+        axis: an axis of the tensor, which changes along ``dim``.
+        dim: the dimension, a number from 0 on.
     """
     if varying(axis) == {dim}:
         call.ledger.fix(axis, call.why("picked", "its channels are picked by literal numbers"))
@@ -194,7 +205,7 @@ def _select(call: Call) -> Axes | tuple[Axes, ...]:
             call.ledger.fix(axis, call.why("picked", "its channels are picked by literal numbers"))
 
     def at(index: int) -> Axes:
-        """The axes at one index of ``dim``."""
+        """Return the axes at one index of ``dim``."""
         return [narrow(axis.select(dim, index if axis.shape[dim] > 1 else 0)) for axis in call.axes(tensor)]
 
     return at(call.args[2]) if call.name == "select" else tuple(at(index) for index in range(tensor.shape[dim]))
@@ -217,7 +228,7 @@ def _split(call: Call) -> tuple[Axes, ...]:
                 _literal(call, axis, dim)
 
     def part(end: int, size: int) -> Axes:
-        """The axes of the part with ``size`` indices that stops before index ``end``."""
+        """Return the axes of the part with ``size`` indices that stops before index ``end``."""
         return [narrow(a.narrow(dim, end - size, size)) if a.shape[dim] > 1 else a for a in call.axes(tensor)]
 
     return tuple(part(end, size) for end, size in zip(ends, sizes, strict=True))

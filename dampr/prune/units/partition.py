@@ -233,6 +233,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
     label = labels.label
     fixed = _of_classes(label, [*ledger.fixed, *labels.conflicts(), *_unlabelled(ledger), *_left_alone(ledger, label)])
     columns = _with_beside(_marked(ledger.count, ledger.columns), _concatenated(ledger.beside))
+    # norms of weights: (units of the first factor, whether some factor reads each of these places, why)
     sums = [(lines[0], np.any([columns[units] for units in lines], 0), why) for lines, why in ledger.normalised]
     statistics = _of_classes(label, [*ledger.statistics, *((units[~read], why) for units, read, why in sums)])
     normalised = _of_classes(label, [(units[read], why) for units, read, why in sums])
@@ -276,10 +277,14 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
 
 
 def _factored(product: Product, label: Ints) -> Product:
-    """Return the product with factors in place of axes that overlap.
+    """Return a product with factors in place of axes that overlap.
 
     Dimensions along which an axis has the same classes do not count, and of axes that then are the same (keys and
-    values, of which whole heads may go) one does. ``label``: int64 (units,), the class of each unit.
+    values, of which whole heads may go) one does.
+
+    Args:
+        product: the product, as a rule recorded it.
+        label: int64 (units,), the class of each unit.
     """
     factors: dict[tuple[torch.Size, bytes], Ints] = {}
     for axis in product.overlapping:
@@ -327,11 +332,13 @@ class _Labels:
         self._splits = ledger.splits
         self._why = [why for _, why in ledger.blocks]
         self._join(_concatenated([pairs for pairs, _ in ledger.unions]))
+        # the pairs (outer, inner) of all blocks, one block after the other, sorted by the outer unit in each
         keys = [_keys(*pairs[:, (pairs > 0).all(0)]) for pairs, _ in ledger.blocks]
         packed = np.concatenate(keys) if keys else np.zeros(0, np.int64)
-        self._event = np.repeat(np.arange(len(keys)), [len(block_keys) for block_keys in keys])
+        self._block = np.repeat(np.arange(len(keys)), [len(block_keys) for block_keys in keys])
         self._outer, self._inner = packed >> _HALF, packed & _LOW
-        new = (self._outer[1:] != self._outer[:-1]) | (self._event[1:] != self._event[:-1])
+        new = (self._outer[1:] != self._outer[:-1]) | (self._block[1:] != self._block[:-1])
+        # where the pairs of each outer unit of each block begin
         self._starts = np.flatnonzero(np.r_[True, new]) if len(self._outer) else np.zeros(0, np.int64)
 
     def settle(self) -> None:
@@ -351,8 +358,8 @@ class _Labels:
         these.
         """
         outer, low, high = self._block_ends()
-        events = self._event[self._starts]
-        return [(outer[at : at + 1], self._why[events[at]]) for at in np.flatnonzero(low != high)]
+        blocks = self._block[self._starts]
+        return [(outer[at : at + 1], self._why[blocks[at]]) for at in np.flatnonzero(low != high)]
 
     def _join(self, pairs: Ints) -> None:
         """Join the units of each pair, int64 (2, n)."""
@@ -413,7 +420,9 @@ class _Blocks:
 
 
 def _keys(first: Ints, second: Ints) -> Ints:
-    """Return the distinct pairs (first, second), each packed into one int64 (first in the high bits), sorted."""
+    """Return the distinct pairs (first, second) of two arrays, each packed into one int64 (first in the high bits),
+    sorted.
+    """
     return np.unique(first << _HALF | second)
 
 
@@ -426,6 +435,7 @@ def _has_blocks(axis: torch.Tensor, dim: int, dims: Sequence[int], runs_along: _
         dims: the dimensions into which a view split one dimension.
         runs_along: which outer classes run along which inner ones.
     """
+    # the first and the last place at index 0 of ``dim``, and the first place at its last index
     start, end, beyond = ([0] * axis.dim() for _ in range(3))
     for other in dims:
         end[other] = 0 if other == dim else axis.shape[other] - 1

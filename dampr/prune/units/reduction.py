@@ -138,7 +138,7 @@ def _reduction(kind: str) -> Rule:
     """
 
     def reduce(call: Call) -> Axes | tuple[Axes, ...]:
-        """The rule.
+        """Apply the rule to a call.
 
         A sum over a weight is recorded as a norm of the weight; the reduction itself is then of the kind "noted".
         """
@@ -251,7 +251,7 @@ def _spatial(dims: int) -> Callable[[Call], Axes | tuple[Axes, ...]]:
     """
 
     def pool(call: Call) -> Axes | tuple[Axes, ...]:
-        """The rule for the last ``dims`` dimensions of a call's input."""
+        """Apply the rule to a call: over the last ``dims`` dimensions of its first argument."""
         tensor, out = call.args[0], []
         over = set(range(tensor.dim() - min(dims, tensor.dim()), tensor.dim()))
         for axis in call.axes(tensor):
@@ -273,7 +273,9 @@ def _spatial_gradient(dims: int) -> Callable[[Call], Axes]:
     """
 
     def gradient(call: Call) -> Axes:
-        """The rule for the last ``dims`` dimensions of the gradient, and of the input if the call has it."""
+        """Apply the rule to a call: over the last ``dims`` dimensions of the gradient, and of the input if the call has
+        it.
+        """
         over = set(range(call.first.dim() - dims, call.first.dim()))
         shape = [1 if at in over else size for at, size in enumerate(call.first.shape)]
         read = [call.axes(tensor) for tensor in call.args[:2] if call.of(tensor) is not None]

@@ -121,9 +121,8 @@ def _place(units: Units, piece: Ints) -> tuple[str, int, int] | None:
         for dim, first, size in dims:
             dim_labels = units.label[first : first + size]
             for start in (dim_labels == labels[0]).nonzero()[0].tolist() if size >= len(piece) else ():
-                if (dim_labels[start : start + len(piece)] == labels[: size - start]).all() and size - start >= len(
-                    piece
-                ):
+                end = start + len(piece)
+                if end <= size and (dim_labels[start:end] == labels).all():
                     return name, dim, start
     return None
 
@@ -138,7 +137,7 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
         units: its partition into classes.
         sizes: (name, dimension) -> size, of the dimensions that lose some classes.
     """
-    seen: dict[str, list[tuple[list[int], int]]] = {}
+    seen: dict[str, list[tuple[list[int], int]]] = {}  # norm -> (classes, number of groups) of each of its widths
     for name, normed, groups in (*units.normed, *((name, normed, 0) for name, normed in units.counted if name)):
         entry = units.label[normed].tolist(), groups
         if entry not in seen.setdefault(name, []):
@@ -153,9 +152,8 @@ def _of_norms(model: nn.Module, units: Units, sizes: dict[tuple[str, int], int])
         for attribute, value in numbers(module):
             if value < 2:
                 continue
-            of_all = labels[:value] * (
-                len(labels) // value
-            )  # instances are normed side by side, the channels of one after those of another
+            # instances are normed side by side, the channels of one after those of another
+            of_all = labels[:value] * (len(labels) // value)
             width_labels = labels[:value] if of_all == labels else labels if value == groups else []
             if (place := places.get(tuple(width_labels))) is not None:
                 yield Size(name, attribute, *place, value, len(width_labels))

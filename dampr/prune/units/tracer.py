@@ -439,6 +439,7 @@ class Tracer(TorchDispatchMode):
                 self.mark(base, Marks(call.axes(base)))
                 child = base
                 continue
+            # the position in the base of each element of the view
             places = func(torch.arange(base.numel()).reshape(base.shape), *args[1:], **kwargs)
             places = places if isinstance(places, Tensor) else next((p for p in places if p.shape == child.shape), None)
             old = call.axes(base)
@@ -450,6 +451,7 @@ class Tracer(TorchDispatchMode):
             merged: Axes = []
             for axis, old_axis in pairs:
                 if axis is None or old_axis is None:
+                    # units on one side alone stay; elements that were not written have none
                     merged += [present.clamp(min=0) for present in (axis, old_axis) if present is not None]
                 elif varying(axis) == varying(old_axis) and bool((axis >= 0).all()):
                     merged.append(torch.where(old_axis == 0, axis, old_axis))
