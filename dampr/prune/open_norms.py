@@ -86,31 +86,32 @@ def find(model: nn.Module, units: Units, example_inputs: Any, *, streams: bool =
     Returns: name -> norm.
     """
     added = set(units.label[units.added].tolist())
-    weights: dict[str, set[tuple[str, int]]] = defaultdict(set)
-    lines: dict[str, set[tuple[int, ...]]] = defaultdict(set)
-    for name, line in units.counted:
-        classes = set(units.label[line].tolist())
+    # name -> what its statistics run over: columns of a weight, (parameter, dimension), or classes of an input
+    columns_of: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    classes_of: dict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for name, counted in units.counted:
+        classes = set(units.label[counted].tolist())
         if not name or units.fixed.keys() >= classes or model.get_submodule(name)._modules:
             continue
-        if (columns := _columns(model, units, name, line)) is not None:
-            weights[name].add(columns)
+        if (weight_columns := _columns(model, units, name, counted)) is not None:
+            columns_of[name].add(weight_columns)
         elif streams or added.isdisjoint(classes):
-            lines[name].add(tuple(units.label[line].tolist()))
-    names = [name for name in {**lines, **weights} if len([*lines[name], *weights[name]]) == 1]
+            classes_of[name].add(tuple(units.label[counted].tolist()))
+    names = [name for name in {**classes_of, **columns_of} if len([*classes_of[name], *columns_of[name]]) == 1]
     calls = _calls(model, names, example_inputs) if names else {}
     norms = {}
     for name in names:
         layer, norm = model.get_submodule(name), None
-        if name in calls and lines[name]:
-            (labels,) = lines[name]
-            dims = {_dim(*call, len(labels)) for call in calls[name]}
+        if name in calls and classes_of[name]:
+            (norm_classes,) = classes_of[name]
+            dims = {_dim(*call, len(norm_classes)) for call in calls[name]}
             dim = dims.pop() if len(dims) == 1 else None
-            norm = None if dim is None else _of_input(layer, labels, dim, calls[name][0])
+            norm = None if dim is None else _of_input(layer, norm_classes, dim, calls[name][0])
         elif name in calls:
-            ((full, dim),) = weights[name]
-            owner, _, attribute = full.rpartition(".")
-            about = tuple(units.classes(full, dim)), dim, calls[name][0]
-            norm = _of_weight(layer, attribute, *about) if owner == name else _of_input(layer, *about)
+            ((weight_name, dim),) = columns_of[name]
+            owner, _, attribute = weight_name.rpartition(".")
+            known = tuple(units.classes(weight_name, dim)), dim, calls[name][0]
+            norm = _of_weight(layer, attribute, *known) if owner == name else _of_input(layer, *known)
         if norm is not None:
             norms[name] = _exact(layer, name, norm, units, calls[name][0][0][0])
     return norms
@@ -130,10 +131,10 @@ def _columns(model: nn.Module, units: Units, name: str, counted: Ints) -> tuple[
     """
     owner = name.rpartition(".")[0] if ".parametrizations." in name else name
     for attribute, _ in model.get_submodule(owner).named_parameters(recurse=False):
-        full = f"{owner}.{attribute}"
-        for dim, first, size in units.origin[units.alias[full]] if full in units.alias else ():
-            if units.is_column(full, dim) and ((counted >= first) & (counted < first + size)).any():
-                return full, dim
+        full_name = f"{owner}.{attribute}"
+        for dim, first, size in units.origin[units.alias[full_name]] if full_name in units.alias else ():
+            if units.is_column(full_name, dim) and ((counted >= first) & (counted < first + size)).any():
+                return full_name, dim
     return None
 
 
@@ -167,11 +168,12 @@ def _of_input(norm: nn.Module, classes: tuple[int, ...], dim: int, call: tuple[A
         call: (arguments, output) of the call.
     """
     (x,), _ = call
-    of_place, of_sample = (
+    # whether it subtracts a mean over ``dim`` at each place, or one over all that a sample has
+    ignores_per_place, ignores_per_sample = (
         _ignores(x, [1 if d in over else n for d, n in enumerate(x.shape)], norm)
         for over in ((dim % x.dim(),), range(1, x.dim()))
     )
-    return OpenNorm(classes, dim, of_sample, of_sample and not of_place)
+    return OpenNorm(classes, dim, ignores_per_sample, ignores_per_sample and not ignores_per_place)
 
 
 def _dim(args: Any, output: Any, size: int) -> int | None:

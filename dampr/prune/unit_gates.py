@@ -83,6 +83,7 @@ def place(
     """
     trained, finite = (model, False) if is_meta(model) else inputs.trained(model, example_inputs)
     subject = Subject(trained, units, example_inputs, norms or {})
+    # classes that have gates unless a trial fails: not protected, and read by parameters alone
     parameters = dict(model.named_parameters(remove_duplicate=False))
     protected = unseen.protected(units, dict(model.named_parameters())) | _staying(model, units)
     candidates = groups(units, [class_id for class_id in readable(units, parameters) if class_id not in protected])
@@ -93,6 +94,7 @@ def place(
     except _DeceivedError:
         search = _Search(subject, clusters, by_values=True)
         kept, sizes = search.together()
+    # a vector stays if all of its classes can be cut, and a norm if all of its classes are in one vector
     refused = protected | search.refused
     vectors = [group for group in candidates if kept.issuperset(group.classes)]
     usable = in_one_vector(subject.norms, (group.classes for group in vectors))
@@ -161,10 +163,10 @@ class _Search:
 
     def _passes(self, subset: list[list[int]]) -> bool:
         """Try to cut half of each cluster in ``subset``, and record the result; returns whether it works."""
-        reason, follow, needed = self._try(subset)
+        reason, changes, needed = self._try(subset)
         if reason is None:
-            self._good.append((subset, follow))
-            self.read.update(follow if needed else ())
+            self._good.append((subset, changes))
+            self.read.update(changes if needed else ())
         elif len(subset) == 1:
             self.refused.update(dict.fromkeys(subset[0], reason))
         return reason is None
@@ -178,12 +180,12 @@ class _Search:
         classes = half(units, clusters)
         if not classes:
             return "every dimension keeps one channel at least", [], False
-        every = len(clusters) == len(self._clusters)
-        trial, choices = Trial(subject, classes, quick=not every), _choices(subject, clusters)
+        all_at_once = len(clusters) == len(self._clusters)
+        trial, choices = Trial(subject, classes, quick=not all_at_once), _choices(subject, clusters)
         for chosen in choices:
             if not trial.fits(chosen) or not self._fits_otherwise(clusters, chosen):
                 continue
-            assumed = not every and not self._by_values and subject.shapes is not None
+            assumed = not all_at_once and not self._by_values and subject.shapes is not None
             if assumed or not trial.differs(chosen):
                 self._assumed |= assumed
                 return (
@@ -223,13 +225,13 @@ class _Search:
         good = self._good
         tried = len(good) == 1 and len(good[0][0]) == len(self._clusters)  # all were compared at once before
         kept: list[list[int]] = [cluster for clusters, _ in good for cluster in clusters]
-        sizes = list(dict.fromkeys(size for _, follow in good for size in follow))
+        sizes = list(dict.fromkeys(size for _, changes in good for size in changes))
         if not kept or not self._fault(kept, sizes, tried, self._assumed):
             return {class_id for cluster in kept for class_id in cluster}, sizes
         kept, sizes = [], []
-        todo = [([cluster], follow) for clusters, follow in good for cluster in clusters] if len(good) == 1 else good
-        for clusters, follow in sorted(todo, key=lambda entry: -sum(map(len, entry[0]))):
-            more = list(dict.fromkeys([*sizes, *follow]))
+        todo = [([cluster], changes) for clusters, changes in good for cluster in clusters] if len(good) == 1 else good
+        for clusters, changes in sorted(todo, key=lambda entry: -sum(map(len, entry[0]))):
+            more = list(dict.fromkeys([*sizes, *changes]))
             reason = self._fault([*kept, *clusters], more, tried)
             if reason:
                 self.refused |= dict.fromkeys((class_id for cluster in clusters for class_id in cluster), reason)

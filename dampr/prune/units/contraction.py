@@ -214,11 +214,11 @@ def _in_blocks(call: Call, tensor: Tensor, dim: int) -> None:
         tensor: a factor.
         dim: the dimension, a negative number.
     """
-    size, at = tensor.shape[dim], tensor.dim() + dim
-    run = 8 if size % 8 == 0 else max(1, 16 // tensor.element_size())
-    for axis in call.axes(tensor) if size % run == 0 else []:
-        if at in varying(axis):
-            rows = axis.movedim(at, -1).unflatten(-1, (-1, run))
+    size, position = tensor.shape[dim], tensor.dim() + dim
+    block = 8 if size % 8 == 0 else max(1, 16 // tensor.element_size())
+    for axis in call.axes(tensor) if size % block == 0 else []:
+        if position in varying(axis):
+            rows = axis.movedim(position, -1).unflatten(-1, (-1, block))
             call.ledger.unite(rows[..., :1], rows, call)
 
 

@@ -33,15 +33,15 @@ def _index(call: Call) -> Axes:
     tensor, out = call.args[0], []
     for index in call.given[1:]:
         call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
-    hit = _indexed(call)
+    picked_dims = _indexed(call)
     for axis in call.axes(tensor):
-        picked, unpicked = varying(axis) & hit, first_along(axis, hit)
-        if picked and not varying(axis) - hit:
+        axis_picked, unpicked = varying(axis) & picked_dims, first_along(axis, picked_dims)
+        if axis_picked and not varying(axis) - picked_dims:
             call.ledger.fix(axis, call.why("picked", "its channels are picked by an index"))
-        elif picked:
+        elif axis_picked:
             call.ledger.unite(axis, unpicked, call)
         if varying(unpicked):
-            out.append(_placed(call, unpicked, hit) if call.name == "index" else unpicked)
+            out.append(_placed(call, unpicked, picked_dims) if call.name == "index" else unpicked)
     return out
 
 
@@ -50,17 +50,17 @@ def _indexed(call: Call) -> set[int]:
     tensor = call.args[0]
     if call.name not in ("index", "index_put"):
         return {call.args[1] % max(tensor.dim(), 1)}
-    hit: set[int] = set()
-    at = 0
+    picked_dims: set[int] = set()
+    dim = 0
     for index in call.args[1]:
         taken = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
         if index is not None:
-            hit |= set(range(at, at + taken))
-        at += taken
-    return hit
+            picked_dims |= set(range(dim, dim + taken))
+        dim += taken
+    return picked_dims
 
 
-def _placed(call: Call, axis: Tensor, hit: set[int]) -> Tensor:
+def _placed(call: Call, axis: Tensor, picked_dims: set[int]) -> Tensor:
     """Return an axis in the shape of the result of ``tensor[indices]``.
 
     Dimensions that come from the indices stand where the first picked dimension was if the picked ones are neighbours,
@@ -69,14 +69,16 @@ def _placed(call: Call, axis: Tensor, hit: set[int]) -> Tensor:
     Args:
         call: the call.
         axis: an axis of ``tensor``, at index 0 of every picked dimension.
-        hit: the picked dimensions.
+        picked_dims: the picked dimensions.
     """
-    rest = [d for d in range(axis.dim()) if d not in hit]
-    new = call.out.dim() - len(rest)
-    neighbours = sorted(hit) == list(range(min(hit), max(hit) + 1))
-    at = sum(d < min(hit) for d in rest) if neighbours else 0
-    sizes = [axis.shape[d] for d in rest]
-    return axis.permute(*rest, *sorted(hit)).reshape(sizes[:at] + [1] * new + sizes[at:])
+    other_dims = [d for d in range(axis.dim()) if d not in picked_dims]
+    index_rank = call.out.dim() - len(other_dims)
+    neighbours = sorted(picked_dims) == list(range(min(picked_dims), max(picked_dims) + 1))
+    index_start = sum(d < min(picked_dims) for d in other_dims) if neighbours else 0
+    sizes = [axis.shape[d] for d in other_dims]
+    return axis.permute(*other_dims, *sorted(picked_dims)).reshape(
+        sizes[:index_start] + [1] * index_rank + sizes[index_start:]
+    )
 
 
 @rules.rule("index_add index_copy index_reduce scatter scatter_add scatter_reduce")
@@ -100,16 +102,18 @@ def _rows(call: Call) -> Axes | tuple[Axes, ...]:
 @rules.rule("index_put")
 def _put(call: Call) -> Axes | tuple[Axes, ...]:
     """The rule of ``x[i, :, j] = value``, for whole numbers and masks."""
-    hit = _indexed(call)
+    picked_dims = _indexed(call)
     indices = [index for index in call.args[1] if index is not None]
     for index in indices:
         call.ledger.fix(call.axes(index), call.why("picked", "its channels are used as an index"))
-    new = max(1 if index.dtype in (torch.bool, torch.uint8) else index.dim() for index in indices)
-    neighbours = max(hit) - min(hit) + 1 == len(hit)
-    return _meet_rows(call, call.args[2], hit, min(hit) if neighbours else 0, new)
+    index_rank = max(1 if index.dtype in (torch.bool, torch.uint8) else index.dim() for index in indices)
+    neighbours = max(picked_dims) - min(picked_dims) + 1 == len(picked_dims)
+    return _meet_rows(call, call.args[2], picked_dims, min(picked_dims) if neighbours else 0, index_rank)
 
 
-def _meet_rows(call: Call, value: Tensor, hit: set[int], at: int, new: int) -> Axes | tuple[Axes, ...]:
+def _meet_rows(
+    call: Call, value: Tensor, picked_dims: set[int], index_start: int, index_rank: int
+) -> Axes | tuple[Axes, ...]:
     """Return the axes after ``value`` was written at the indices of the first argument that data picks.
 
     The units along the other dimensions meet. If units change along a picked dimension, the call counts as an unknown
@@ -118,34 +122,35 @@ def _meet_rows(call: Call, value: Tensor, hit: set[int], at: int, new: int) -> A
     Args:
         call: the call.
         value: what is written; it broadcasts to the shape of what is picked.
-        hit: the dimensions from which data picks.
-        at, new: where the dimensions of the indices begin in ``value``, and how many they are.
+        picked_dims: the dimensions of the first argument from which data picks.
+        index_start: where the dimensions of the indices begin in ``value``.
+        index_rank: how many dimensions of ``value`` these are.
     """
     tensor = call.args[0]
-    rank = tensor.dim() - len(hit) + new
+    rank = tensor.dim() - len(picked_dims) + index_rank
 
     def unpicked(sizes: Iterable[int]) -> list[int]:
         """Return the sizes of a tensor like ``value`` in the dimensions of the first argument; 1 where data picks."""
         every = list(sizes)
-        rest = iter(every[:at] + every[at + new :])
-        return [1 if d in hit else next(rest) for d in range(tensor.dim())]
+        rest = iter(every[:index_start] + every[index_start + index_rank :])
+        return [1 if d in picked_dims else next(rest) for d in range(tensor.dim())]
 
     axes = [at_rank(axis, rank) for axis in call.axes(value)]
-    if any(varying(axis) & hit for axis in call.axes(tensor)) or any(
-        varying(axis) & set(range(at, at + new)) for axis in axes
+    if any(varying(axis) & picked_dims for axis in call.axes(tensor)) or any(
+        varying(axis) & set(range(index_start, index_start + index_rank)) for axis in axes
     ):
         return rules.opaque(call)
-    shape, operands = [1 if d in hit else n for d, n in enumerate(tensor.shape)], []
+    shape, operands = [1 if d in picked_dims else n for d, n in enumerate(tensor.shape)], []
     if (tensor_operand := rules.operand(call, tensor)) is not None:
-        operands.append((tensor_operand[0], [1 if d in hit else n for d, n in enumerate(tensor_operand[1])]))
+        operands.append((tensor_operand[0], [1 if d in picked_dims else n for d, n in enumerate(tensor_operand[1])]))
     if value.dim() and (value_operand := rules.operand(call, value)) is not None:
         sizes = unpicked([1] * (rank - value.dim()) + value_operand[1])
         operands.append((Marks([axis.reshape(unpicked(axis.shape)) for axis in axes]), sizes))
-    met = call.ledger.meet(shape, operands, call)
-    ahead = rank - value.dim()
-    rules.meet_constants(call, tensor, met, range(tensor.dim()))
-    rules.meet_constants(call, value, met, [n - ahead - 1 for n in unpicked(range(1, rank + 1))])
-    return met
+    axes_met = call.ledger.meet(shape, operands, call)
+    missing = rank - value.dim()
+    rules.meet_constants(call, tensor, axes_met, range(tensor.dim()))
+    rules.meet_constants(call, value, axes_met, [n - missing - 1 for n in unpicked(range(1, rank + 1))])
+    return axes_met
 
 
 @rules.rule("masked_scatter")
@@ -158,13 +163,13 @@ def _masked_rows(call: Call) -> Axes | tuple[Axes, ...]:
     """
     tensor, mask, source = call.args[:3]
     shape = list(call.out.shape)
-    row = 0  # the number of dimensions of a row
-    while row < min(len(shape), source.dim()) and source.shape[-1 - row] == shape[-1 - row]:
-        if row < mask.dim() and not call.even(mask, {mask.dim() - 1 - row}):
+    row_rank = 0  # the number of dimensions of a row
+    while row_rank < min(len(shape), source.dim()) and source.shape[-1 - row_rank] == shape[-1 - row_rank]:
+        if row_rank < mask.dim() and not call.even(mask, {mask.dim() - 1 - row_rank}):
             break
-        row += 1
-    ahead = source.dim() - row
-    if not row or any(dim < ahead for axis in call.axes(source) for dim in varying(axis)):
+        row_rank += 1
+    ahead = source.dim() - row_rank
+    if not row_rank or any(dim < ahead for axis in call.axes(source) for dim in varying(axis)):
         return _unknown_if_units(call)
     call.ledger.fix(call.axes(mask), call.why("picked", "its channels are used as an index"))
     operands = [tensor_operand] if (tensor_operand := rules.operand(call, tensor)) is not None else []

@@ -471,18 +471,18 @@ class Ledger:
         if 0 in old:
             self.fix(axes, call.why("mixed", "its tensor is empty"))
             return []
-        out, groups = [], runs(old, new)
+        out, regroupings = [], runs(old, new)
         for axis in axes:
             dims = varying(axis)
             # the view is done on the axis, at full size along the dimensions that it regroups with those of the axis
-            hit = [(olds, news) for olds, news in groups if dims & set(olds)]
-            full = [old[d] if any(d in olds for olds, _ in hit) else 1 for d in range(len(old))]
-            sizes = [new[d] if any(d in news for _, news in hit) else 1 for d in range(len(new))]
-            viewed = narrow(axis.expand(full).reshape(sizes))
-            for olds, news in hit:
-                vary = [d for d in news if viewed.shape[d] > 1]
-                if len(vary) > 1 and [old[d] for d in olds if d in dims] != [new[d] for d in vary]:
-                    self.splits.append(Split(viewed, vary))
+            regrouped = [(old_dims, new_dims) for old_dims, new_dims in regroupings if dims & set(old_dims)]
+            sizes_before = [old[d] if any(d in old_dims for old_dims, _ in regrouped) else 1 for d in range(len(old))]
+            sizes_after = [new[d] if any(d in new_dims for _, new_dims in regrouped) else 1 for d in range(len(new))]
+            viewed = narrow(axis.expand(sizes_before).reshape(sizes_after))
+            for old_dims, new_dims in regrouped:
+                split_dims = [d for d in new_dims if viewed.shape[d] > 1]
+                if len(split_dims) > 1 and [old[d] for d in old_dims if d in dims] != [new[d] for d in split_dims]:
+                    self.splits.append(Split(viewed, split_dims))
             out.append(viewed)
         return moving(out)
 
