@@ -1,8 +1,9 @@
 """Try a cut on copies of a model: one copy is masked, another one has lost the units, and their outputs must agree.
 
-In the masked copy the weights that read some classes have zeros there; in the small copy these classes are deleted.
-:class:`Subject` is the model with all that its trials share, :class:`Shapes` only asks whether a small copy runs, and
-:class:`Trial` compares values.
+A class is an integer that stands for units which can be cut only together (:mod:`.units`). In the masked copy the
+weights that read some classes have zeros there; in the small copy these classes are deleted. ``sizes`` are attributes
+of modules, such as ``num_heads``, which follow the width of a parameter. :class:`Subject` is the model with all that
+its trials share, :class:`Shapes` only asks whether a small copy runs, and :class:`Trial` compares values.
 """
 
 from __future__ import annotations

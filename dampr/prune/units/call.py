@@ -1,4 +1,8 @@
-"""One call of an ATen operator, as the rules see it: arguments, results, and the axes of the tensors among them."""
+"""One call of an ATen operator, as the rules see it: arguments, results, and the axes of the tensors among them.
+
+An axis (:mod:`.axes`) is an int64 tensor that holds the unit of each index along some dimensions of a tensor, and has
+size 1 along all others. The "marks" of a tensor (:class:`.ledger.Marks`) are its axes, and whether it is a weight.
+"""
 
 from __future__ import annotations
 

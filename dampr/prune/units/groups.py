@@ -1,8 +1,9 @@
 """Which classes can have gates on the parameters that read them, and which of these share one vector of gates.
 
-A closed gate zeroes the columns that read its class. That has an effect only if all readers of the class are parameters
-with gates (:func:`readable`). Classes that sit in the same dimensions of the same parameters get one vector with a gate
-for each (:func:`groups`).
+A class is an integer that stands for units (indices of dimensions of parameters and buffers) which can be cut only
+together; ``label[unit]`` is the class of a unit. A closed gate zeroes the columns that read its class. That has an
+effect only if all readers of the class are parameters with gates (:func:`readable`). Classes that sit in the same
+dimensions of the same parameters get one vector with a gate for each (:func:`groups`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
 """Checks of what a trace cannot prove.
 
 A trace does not prove that a smaller model has the same partition into classes, nor that closed units are 0 where they
-are read. The functions here cut or mask a copy of the model and run it. To cut a class is to delete its indices from
-all parameters and buffers; to mask it is to set the weights and biases that write it to 0, so that all shapes stay.
+are read. The functions here cut or mask a copy of the model and run it.
+
+A class is an integer that stands for units (indices of dimensions of tensors) which can be cut only together, and a
+cluster is a list of classes that share dimensions of tensors. To cut a class is to delete its indices from all
+parameters and buffers; to mask it is to set the weights and biases that write it to 0, so that all shapes stay.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Numbers that code keeps beside its parameters (``num_heads``, ``all_head_size``): which of them follow a width, and
 their new values.
 
-A place is a dimension of a parameter or buffer, (name, dimension).
+A place is a dimension of a parameter or buffer, (name, dimension). Each of its indices is a unit, and a class is an
+integer that stands for units which can be cut only together; ``label[unit]`` is the class of a unit.
 """
 
 from __future__ import annotations

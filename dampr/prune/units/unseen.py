@@ -1,7 +1,8 @@
 """Finds widths that must not be cut because a part of the model that the examples do not reach may depend on them.
 
-A run reaches a parameter if an operator reads it. ``above`` is the name of the module that contains what is in
-question; "" for the model.
+A run reaches a parameter if an operator reads it. A class is an integer that stands for units which can be cut only
+together; a member of a class is its part in one dimension of a parameter. ``above`` is the name of the module that
+contains what is in question; "" for the model.
 """
 
 from __future__ import annotations
