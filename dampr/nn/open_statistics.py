@@ -151,9 +151,12 @@ class OpenWeight(OpenStatistics):
         return spread
 
     def after(self, norm: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
-        """Forward hook: divide the output by the factor of :func:`of_open`, except for the bias."""
+        """Forward hook: divide the output by the factor of :func:`of_open`, except for the bias.
+
+        It is called after a forward that raised too, without an output.
+        """
         self._runs = False
-        return super().after(norm, args, y) if self._factor is not None else y
+        return super().after(norm, args, y) if self._factor is not None and isinstance(y, Tensor) else y
 
     def _channels(self) -> int:
         return self.channels
@@ -181,7 +184,8 @@ def of_open(
     opened, k = is_open.to(x.dtype), is_open.sum().clamp(min=1).to(wide)
     each = math.prod([x.shape[d] for d in dims]) // is_open.numel()  # elements that one gate opens
     if correction:
-        factor = ((is_open.numel() * each - correction) / (k * each - correction)).sqrt().to(x.dtype)
+        left = (k * each - correction).clamp(min=1)  # one element alone has no unbiased deviation
+        factor = ((is_open.numel() * each - correction) / left).sqrt().to(x.dtype)
     else:
         factor = (is_open.numel() / k).sqrt().to(x.dtype) if correction == 0 else x.new_ones(())
     spread = x * (opened * factor)
@@ -198,7 +202,7 @@ def put_on(norm: nn.Module, statistics: OpenStatistics) -> None:
     if isinstance(statistics, OpenWeight):
         parameter.give_property(norm, statistics.owned)
     norm.register_forward_pre_hook(statistics.before, with_kwargs=True)
-    norm.register_forward_hook(statistics.after)
+    norm.register_forward_hook(statistics.after, always_call=isinstance(statistics, OpenWeight))
 
 
 def take_off(norm: nn.Module) -> None:

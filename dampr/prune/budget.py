@@ -206,7 +206,10 @@ class Budget:
                 gate.levels()  # refuses families that a budget cannot move
         share = FLOOR * even_share(self.cost, self.target) if min_share is None else min_share
         rows = [row for rows in self.cost.structure.widths() for row in rows]
-        least = [0 if row.start in self.cost.whole else max(1, math.ceil(share * len(row))) for row in rows]
+        fewest = self.cost.structure.least
+        least = [
+            0 if row.start in self.cost.whole else max(fewest(row.start), math.ceil(share * len(row))) for row in rows
+        ]
         controller = Controller([], self.cost, self.target, steps, score, least)
         minimum = float(self.cost(controller.choose(torch.ones(self.cost.structure.size, dtype=torch.float64), 0.0)))
         if minimum > self.target:

@@ -80,7 +80,8 @@ def increments_of(
             free = [i for i in mine if not cost.prunable[i]]
             base[free] = opened[[i - start for i in free]]
             order = sorted((i for i in mine if cost.prunable[i]), key=lambda i: ranks[i - start], reverse=True)
-            least = 0 if mine.start in cost.whole else min(len(order), -(-min_width // round_to) * round_to)
+            fewest = max(min_width, cost.structure.least(mine.start))
+            least = 0 if mine.start in cost.whole else min(len(order), -(-fewest // round_to) * round_to)
             base[order[:least]] = True
             for first in range(least, len(order), round_to):
                 members = order[first : first + round_to]

@@ -98,7 +98,10 @@ def compact(
     masked = [inputs.comparable(model, sample) for sample in samples]
     atol, rtol = inputs.tolerances(model, samples, atol, rtol, masked)
     if has_unit_gates(model):
-        whole, kept, manifest = unit_compact.compacted(model, example_inputs, round_to)
+        try:
+            whole, kept, manifest = unit_compact.compacted(model, example_inputs, round_to)
+        except cutting.UnableError as error:
+            raise CompactionError(str(error)) from error
         difference = _prove(model, whole, kept, samples, masked, atol, rtol)
         wake(whole)
         ranks.unwatch(whole)

@@ -51,6 +51,10 @@ class GateVector(Generic[Layer]):
         """The gates of layer ``name`` in the vector of all gates."""
         return [range(self.start(name), self.start(name) + self.count(name))]
 
+    def least(self, start: int) -> int:
+        """The fewest gates that may be open of the width whose first gate is ``start``."""
+        return 1
+
     def widths(self) -> list[list[range]]:
         """The result of :meth:`rows` for each entry of :attr:`gates`."""
         return [self.rows(name) for name in self.holders]

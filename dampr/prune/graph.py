@@ -25,6 +25,7 @@ from .flow import Flow, Node
 from .layers.base import CannotCutError
 from .layers.registry import channel_count, kind_of
 from .units import Units, trace_units
+from .units.ledger import OF_WEIGHT
 
 _KEEPS_ZERO = ("SiluBackward0", "GeluBackward0", "ReluBackward0", "TanhBackward0")  # functions with f(0) = 0
 
@@ -361,7 +362,7 @@ class Widths:
         """Return why some of the channels that a layer writes or reads must stay; None if all can go.
 
         Reasons that only hold in training mode because channels are mixed or averaged do not count: an auxiliary loss
-        over all channels, for example, is also defined for fewer channels.
+        over all channels, for example, is also defined for fewer channels. Statistics of weights do count.
         """
         place = self._place(layer, writes)
         reason = None if place is None else self.units.why_not(*place)
@@ -369,6 +370,7 @@ class Widths:
             place is not None
             and reason is not None
             and reason.kind in ("mixed", "statistic")
+            and reason.text != OF_WEIGHT
             and True in self.units.modes
         ):
             reason = self._evaluated.why_not(*place)

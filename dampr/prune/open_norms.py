@@ -112,7 +112,7 @@ def find(model: nn.Module, units: Units, example_inputs: Any, *, streams: bool =
             owner, _, attribute = weight_name.rpartition(".")
             known = tuple(units.classes(weight_name, dim)), dim, calls[name][0]
             norm = _of_weight(layer, attribute, *known) if owner == name else _of_input(layer, *known)
-        if norm is not None:
+        if norm is not None and _same_in_training(layer, calls[name][0][0][0]):
             norms[name] = _exact(layer, name, norm, units, calls[name][0][0][0])
     return norms
 
@@ -245,6 +245,20 @@ def _ignores(x: Tensor, shape: list[int], run: Callable[[Tensor], Any]) -> bool:
 
 
 @torch.no_grad()
+def _same_in_training(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer computes the same in training as in evaluation.
+
+    A layer that normalises in one mode alone must not leave anything out in the other one.
+    """
+    modes = (copy.deepcopy(inputs.as_trained(layer, None, sure=True)).train(training) for training in (False, True))
+    try:
+        a, b = (mode(x) for mode in modes)
+    except Exception:
+        return False
+    return not inputs.differ([a], [b], 1e-4, 1e-4 * inputs.size([a]))
+
+
+@torch.no_grad()
 def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor) -> OpenNorm:
     """Find the ``correction`` and the ``offset`` with which a norm that counts open units alone computes the right
     result.
@@ -266,7 +280,7 @@ def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor)
     kept = torch.tensor([at for at, class_id in enumerate(norm.classes) if class_id not in gone]).to(x.device)
     reads = norm.dim if norm.weight is None else norm.weight["channels"]
     try:
-        whole, x = copy.deepcopy(inputs.as_trained(layer, None, sure=True)).double(), x.double()
+        whole, x = copy.deepcopy(inputs.as_trained(layer, None, sure=True)).double().eval(), x.double()
         norm = replace(norm, offset=_offset(whole, x, reads))
         expected = _cut_alone(copy.deepcopy(whole), name, units, gone)(x.index_select(reads, kept))
         gaps: dict[int | None, float] = {}
@@ -282,14 +296,16 @@ def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor)
 
 
 def _offset(layer: nn.Module, x: Tensor, channels: int) -> str:
-    """Return the name of the parameter that a layer adds at the end: its output for zeros; "bias" if none is seen.
+    """Return the name of the parameter that a layer adds at the end; "bias" if none is seen.
+
+    Without it, the output for -x would be minus the output for x.
 
     Args:
         layer: the layer.
         x: an input.
         channels: the dimension of the channels in its output.
     """
-    added = layer(torch.zeros_like(x)).movedim(channels, -1).flatten(0, -2)[0]
+    added = ((layer(x) + layer(-x)) / 2).movedim(channels, -1).flatten(0, -2)[0]
     names = (
         parameter for parameter, p in layer.named_parameters() if p.shape == added.shape and torch.allclose(p, added)
     )

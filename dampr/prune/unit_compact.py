@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dampr._version import __version__
 
-from .cutting import follow_inputs
+from .cutting import UnableError, follow_inputs
 from .layers.registry import kind_of
 from .unit_structure import UnitStructure, without_gates
 from .units.numbers import number_of, set_number
@@ -37,6 +37,8 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
 
     Returns: (the copy; the channels that are left of what its layers write and read; the manifest, in which the caller
     enters how far the outputs differ).
+
+    Raises: UnableError if too few gates are open.
     """
     structure = UnitStructure(model, example_inputs)
     small = without_gates(model, folded=True)
@@ -105,13 +107,21 @@ def _rounded(structure: UnitStructure, closed: Tensor, round_to: int, notes: dic
         closed: bool (all gates,), which gates are closed.
         round_to: the number of which widths become multiples.
         notes: gated parameter -> why closed units of it stay; gets an entry where some do.
+
+    Raises: UnableError if fewer are open than the layers that count them need.
     """
     gone = closed.clone()
     useful = set(structure.gate_of.values())
     for gate, (row,) in zip(structure.holders, structure.widths(), strict=True):
         closed_gates = [index for index in row if closed[index] and index in useful]
-        kept_count = -(-max(1, len(row) - len(closed_gates)) // round_to) * round_to
-        stay = min(len(closed_gates), kept_count - (len(row) - len(closed_gates)))
+        open_count = len(row) - len(closed_gates)
+        if open_count < structure.least(row.start) != 1:
+            raise UnableError(
+                f"{gate}: {open_count} of {len(row)} gates open, expected two at least: what reads them "
+                "divides its weights by their deviation, and one element has none"
+            )
+        kept_count = -(-max(1, open_count) // round_to) * round_to
+        stay = min(len(closed_gates), kept_count - open_count)
         for index in closed_gates[:stay]:
             gone[index] = False
         if stay:
@@ -206,7 +216,8 @@ def sizes_of(manifest: Any) -> dict[str, dict[str, int]]:
     }
     for attributes in values_before.values():
         for attribute, value in attributes.items():
-            if type(value) is not int or not 0 < value < 2**31 or not re.fullmatch(r"[^\W\d_]\w*(\.\d)?", attribute):
+            named = re.fullmatch(r"_?[^\W\d_]\w*(\.\d{1,4})?", attribute)
+            if type(value) is not int or not 0 < value < 2**31 or not named:
                 raise ValueError(f"manifest: sizes: {attribute!r}={value!r:.40}, expected a number of channels before")
     return values_before
 

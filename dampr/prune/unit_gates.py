@@ -166,7 +166,8 @@ class _Search:
         reason, changes, needed = self._try(subset)
         if reason is None:
             self._good.append((subset, changes))
-            self.read.update(changes if needed else ())
+            pieces = self._subject.units.piece_numbers
+            self.read.update(size for size in changes if needed or (size.module, size.attribute) in pieces)
         elif len(subset) == 1:
             self.refused.update(dict.fromkeys(subset[0], reason))
         return reason is None
@@ -349,15 +350,18 @@ def _clusters(units: Units, classes: Iterable[int]) -> list[list[int]]:
 def _needed(trial: Trial, sizes: list[Size]) -> list[Size]:
     """Return those of the attributes in ``sizes`` that must change.
 
-    These are the attributes without which the model computes something else, those that count heads by their names, and
-    those of ``torch.nn`` layers. Another attribute that only happens to have the size of a width, such as a stride,
-    must not change with it.
+    These are the attributes without which the model computes something else, those by which code takes a part of a
+    width, those that count heads by their names, and those of ``torch.nn`` layers. Another attribute that only happens
+    to have the size of a width, such as a stride, must not change with it.
 
     Args:
         trial: the comparison of a masked and a cut copy.
         sizes: attributes with which both compute the same.
     """
-    doubtful = [size for size in sizes if not _is_sure(trial.model, size)]
+    pieces = trial.pieces()
+    doubtful = [
+        size for size in sizes if not _is_sure(trial.model, size) and (size.module, size.attribute) not in pieces
+    ]
     for first in (True, False):  # on one sample first; on all samples if that leaves doubt
         kept = sizes
         for attribute in dict.fromkeys(size.attribute for size in doubtful):

@@ -9,6 +9,7 @@ for models with gated layers. :mod:`.unit_gates` puts gates on parameters.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -106,6 +107,19 @@ class UnitStructure(GateVector[GatedParameter]):
     def branches(self, name: str) -> list[int]:
         """Always empty, because gates on parameters do not close residual branches."""
         return []
+
+    def least(self, start: int) -> int:
+        """Two of what a layer reads whose weight has kernels of one element and is standardised: one element alone has
+        no deviation. Else one.
+        """
+        for name, own in self.counting.items():
+            if not isinstance(own, OpenWeight):
+                continue
+            holder = next((self.start(name) for name in self.holders if self.gated[name].gate is own.gate), None)
+            weight = self.plain.get_submodule(name).get_parameter(own.owned)
+            if holder == start and math.prod(weight.shape[d] for d in own.over) == weight.shape[own.dim]:
+                return 2
+        return 1
 
     def _gates_of_classes(self) -> dict[int, int]:
         """Find for each class the gate that masks every column of it; also fills ``notes``.

@@ -192,6 +192,10 @@ class Trial:
         follow(small, sizes, self._units.indices(self._classes))
         return small
 
+    def pieces(self) -> set[tuple[str, str]]:
+        """(module, attribute) of the numbers by which code takes parts of a width."""
+        return self._units.piece_numbers
+
     def same(self, sizes: list[Size], first: bool = False) -> bool:
         """Return whether a copy without the classes, with the attributes in ``sizes`` changed, computes what the masked
         copy does.

@@ -201,6 +201,167 @@ def test_systems_of_equations_in_each_head(solve: str) -> None:
     assert_exact(Heads(SOLVES[solve]), x, at_most=0.6)
 
 
+class InTraining(nn.Module):
+    """Noise on the first channels, in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = 10
+        self.up, self.down = nn.Linear(4, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        if self.training:
+            y = torch.cat([y[..., : self.k] * 2, y[..., self.k :]], -1)
+        out: Tensor = self.down(y.relu())
+        return out
+
+
+def test_a_number_that_only_training_takes_keeps_the_width() -> None:
+    with pytest.raises(dampr.prune.ConversionError, match="picked by literal numbers"):
+        dampr.convert(InTraining(), example_inputs=torch.randn(3, 4))
+
+
+class Two(nn.Module):
+    """A small part and a large one, each read by a layer of its own."""
+
+    def __init__(self, how: str, small: int, large: int) -> None:
+        super().__init__()
+        self.how, self.small, self._sizes = how, small, (small, large)
+        self.first, self.up = nn.Linear(4, 6), nn.Linear(6, small + large)
+        self.of_small, self.of_large = nn.Linear(small, 5), nn.Linear(large, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.first(x).relu())
+        if self.how == "tuple":
+            small, large = y.split(self._sizes, -1)
+        else:
+            small, large = y[..., : self.small], y[..., self.small :]
+        out: Tensor = self.of_small(small.relu()) + self.of_large(large.relu())
+        return out
+
+
+@pytest.mark.parametrize("sizes", [(2, 6), (2, 30), (3, 9), (4, 12), (6, 10), (8, 8)])
+@pytest.mark.parametrize("how", ["tuple", "slices"])
+def test_small_parts_follow_whatever_closes(how: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    model: Any = dampr.convert(Two(how, *sizes).eval(), example_inputs=x)
+    generator, fewest = torch.Generator().manual_seed(0), sum(sizes)
+    for _ in range(4):
+        other = copy.deepcopy(model)
+        for gate in distinct_gates(other).values():
+            keep = torch.rand(gate.num_gates, generator=generator) < 0.5
+            gate.set_levels_(torch.where(keep | (torch.arange(gate.num_gates) == 1), 3.0, -3.0))
+        small: Any = dampr.compact(other, x)
+        torch.testing.assert_close(small(x), other.eval()(x))
+        fewest = min(fewest, small.up.out_features)
+    assert fewest < sum(sizes)
+    dampr.save(small, tmp_path / "small.pt")
+    assert torch.equal(dampr.load(tmp_path / "small.pt", Two(how, *sizes))(x), small(x))
+    torch.testing.assert_close(dampr.expand(small)(x), small(x))
+
+
+class Equal(nn.Module):
+    """As in C2f: two parts of one size, of which one goes on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        if how == "tuple":
+            self.sizes = (8, 8)
+        else:
+            self.c = 8
+        self.up, self.inner, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        a, b = y.split(self.sizes, 1) if self.how == "tuple" else y.split((self.c, self.c), 1)  # type: ignore[arg-type]
+        out: Tensor = self.out(torch.cat([a, b, self.inner(b).relu()], 1))
+        return out
+
+
+@pytest.mark.parametrize("how", ["tuple", "number"])
+def test_parts_of_one_size_in_a_tuple(how: str) -> None:
+    x = torch.randn(2, 3, 7, 7)
+    assert "up" not in dampr.convert(Equal(how), example_inputs=x).dampr_skipped  # type: ignore[operator]
+    assert_exact(Equal(how), x, at_most=0.5)
+
+
+class Steps(nn.Module):
+    """Parts of one size and a shorter rest: their number would change with a cut."""
+
+    def __init__(self, chunks: bool) -> None:
+        super().__init__()
+        self.part, self.chunks = 6, chunks
+        self.first, self.up = nn.Linear(4, 6), nn.Linear(6, 16)
+        self.readers = nn.ModuleList(nn.Linear(n, 5) for n in (6, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.first(x).relu())
+        parts = y.chunk(3, -1) if self.chunks else y.split(self.part, -1)
+        return torch.stack([read(part.relu()) for read, part in zip(self.readers, parts, strict=True)]).sum(0)
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_a_shorter_last_part_keeps_the_width(chunks: bool) -> None:
+    model: Any = dampr.convert(Steps(chunks), example_inputs=torch.randn(3, 4))
+    assert "picked by literal numbers" in model.dampr_skipped["up"]
+
+
+class Twice(nn.Module):
+    """One number for channels and for steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k = 10
+        self.up, self.first, self.last = nn.Linear(4, 24), nn.Linear(10, 3), nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x[:, -self.k :])
+        out: Tensor = self.first(y[..., : self.k].relu()) + self.last(y[..., self.k :].relu())
+        return out
+
+
+def test_a_number_with_two_meanings_keeps_the_width() -> None:
+    x, longer = torch.randn(2, 13, 4), torch.randn(2, 19, 4)
+    try:
+        model = dampr.convert(Twice().eval(), example_inputs=x)
+    except dampr.prune.ConversionError:
+        return
+    small: Any = dampr.compact(halved(model), x)
+    assert small.k == 10
+    torch.testing.assert_close(small(longer), model(longer))
+
+
+class Windows(nn.Module):
+    """One number for parts that overlap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = 5, 9
+        self.up, self.first, self.second = nn.Linear(4, 14), nn.Linear(9, 3), nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        out: Tensor = self.first(y[..., : self.b].relu()) + self.second(y[..., self.a :].relu())
+        return out
+
+
+def test_parts_that_overlap_keep_their_width_or_are_right() -> None:
+    x = torch.randn(3, 4)
+    try:
+        model = dampr.convert(Windows().eval(), example_inputs=x)
+    except dampr.prune.ConversionError:
+        return
+    cut_in_half(halved(model), x)
+
+
+def test_a_model_with_gates_on_parameters_is_converted_once() -> None:
+    model = dampr.convert(network(by_tuple), example_inputs=torch.randn(2, 5, 4))
+    with pytest.raises(dampr.prune.ConversionError, match="has gates on its parameters already"):
+        dampr.convert(model, example_inputs=torch.randn(2, 5, 4))
+
+
 class Whitened(nn.Module):
     """Channels multiplied by a matrix of theirs: all are mixed."""
 

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 import dampr
 from dampr.nn import GatedParameter
 from dampr.nn.open_statistics import of_open
+from dampr.prune import CompactionError
 from dampr.prune.summary import distinct_gates
 from tests.halves import assert_exact, halved
 
@@ -222,6 +223,60 @@ def test_outside_of_a_forward_the_weight_is_itself() -> None:
     model(torch.randn(2, 3, 8, 8))
     shown = model[2].weight
     assert set(shown[:, shown.abs().sum((0, 2, 3)) > 0].unique().tolist()) <= set(before.unique().tolist())
+
+
+def test_after_an_error_the_weight_is_itself_too() -> None:
+    model: Any = halved(dampr.convert(network(biased), torch.randn(2, 3, 8, 8)).eval())
+    before = model[2].weight.clone()
+    with pytest.raises(RuntimeError):
+        model[2](torch.randn(1, 5, 8, 8))
+    assert torch.equal(model[2].weight, before)
+
+
+class OneMode(StdConv2d):
+    """Standardises in one mode alone."""
+
+    when = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.standardise(self.weight) if self.training is self.when else self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("when", [False, True])
+def test_a_layer_that_standardises_in_one_mode_alone_keeps_what_it_reads(when: bool) -> None:
+    one, x = OneMode(biased, 8, 6, 3), torch.randn(4, 3, 8, 8)
+    one.when = when
+    model: Any = dampr.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), one, nn.ReLU(), nn.Conv2d(6, 2, 1)), x)
+    assert "0" in model.dampr_skipped
+    small: Any = dampr.compact(halved(model), x)
+    for training in (False, True):
+        torch.testing.assert_close(small.train(training)(x), model.train(training)(x))
+
+
+@pytest.mark.parametrize("standardise", KINDS[:4], ids=lambda kind: kind.__name__)
+def test_kernels_of_one_element_keep_two_columns(standardise: Standardise) -> None:
+    x, y = torch.randn(8, 3, 5, 5), torch.randint(5, (8,))
+    body = (StdConv2d(standardise, 8, 8, 1), nn.ReLU(), StdConv2d(standardise, 8, 8, 1), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    other = copy.deepcopy(model)
+    plan = dampr.Plan(model, x, macs=0.2, steps=40)
+    optimizer = torch.optim.Adam(plan.model.parameters(), 1e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(plan.model(x), y) + plan.penalty()
+        loss.backward()
+        assert bool(loss.isfinite())
+        optimizer.step()
+        plan.step(optimizer)
+    small: Any = plan.finish()
+    assert small(x).isfinite().all()
+    assert min(small[2].in_channels, small[4].in_channels) >= 2
+    closed: Any = dampr.convert(other, x).eval()
+    for gate in distinct_gates(closed).values():
+        gate.set_levels_(torch.where(torch.arange(gate.num_gates) > 0, -3.0, 3.0))
+    with pytest.raises(CompactionError, match="1 of 8 gates open, expected two at least"):
+        dampr.compact(closed, x)
 
 
 def test_copies_files_and_training(tmp_path: Path) -> None:

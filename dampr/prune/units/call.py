@@ -136,6 +136,10 @@ class Call:
             lines = [line(axis) for axis in moving(factors)]
             self.ledger.products.append(Product(self.module_name(), macs, lines, list(overlapping)))
 
+    def reads_weight(self) -> bool:
+        """Whether the first argument is a weight."""
+        return bool(self.args) and isinstance(self.args[0], Tensor) and self.is_weight(self.args[0])
+
     def module_name(self) -> str:
         """Return the name of the module that runs this call; "" for the model itself."""
         return self.tracer.module_name()

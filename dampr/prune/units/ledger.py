@@ -29,6 +29,7 @@ _MANY = 4096  # duplicates among more pairs than this are removed
 _HALF = 31  # a pair of units is packed into one int64, 31 bits each
 
 CONSTANTS = "its channels meet constants that are no parameter and no buffer"
+OF_WEIGHT = "a statistic is computed over what a weight reads"
 DATA = "its channels meet data that has no channels of its own"
 
 
@@ -85,6 +86,9 @@ class Where(Protocol):
 
     def module_name(self) -> str:
         """Return the name of the module that runs this operator."""
+
+    def reads_weight(self) -> bool:
+        """Whether the first argument is a weight."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,9 @@ class Ledger:
             no group goes as a whole.
         in_groups: names of the weights of convolutions with groups of several channels.
         kept: name of a module -> the whole numbers that it keeps, as :func:`.numbers.kept_numbers` returns them.
+        elsewhere: (name of the module, attribute) of the numbers by which code takes parts of dimensions without units.
         added: units of activations that are added to others, as along a residual stream.
+        sure: (name of the module, attribute) of numbers that are known to be those of parts, even of one index.
         pieces: (name of the module, attribute, units in order) of every part of a dimension that code takes by a number
             which the module keeps in this attribute.
         count: the number of the next unit.
@@ -180,20 +186,23 @@ class Ledger:
     within: frozenset[str] = frozenset()
     in_groups: set[str] = field(default_factory=set)
     kept: dict[str, dict[str, int]] = field(default_factory=dict)
+    sure: frozenset[tuple[str, str]] = frozenset()
     pieces: list[Piece] = field(default_factory=list)
+    elsewhere: list[tuple[str, str]] = field(default_factory=list)
     added: list[Ints] = field(default_factory=list)
     count: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, within: Iterable[str] = ()) -> Ledger:
+    def of(cls, model: nn.Module, within: Iterable[str] = (), sure: Iterable[tuple[str, str]] = ()) -> Ledger:
         """Make a ledger with fresh units for every parameter and buffer of ``model``.
 
         Args:
             model: the model; not changed.
             within: names of the weights of grouped convolutions whose groups all lose the same number of channels.
+            sure: (name of a module, attribute) of numbers that are known to be those of parts.
         """
         kept = {name: kept_numbers(module) for name, module in model.named_modules()}
-        ledger = cls(within=frozenset(within), kept=kept)
+        ledger = cls(within=frozenset(within), kept=kept, sure=frozenset(sure))
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
             if id(tensor) in ledger.known:
@@ -248,6 +257,7 @@ class Ledger:
             self.counted,
             self.beside,
             self.pieces,
+            self.elsewhere,
             self.added,
         ]
 
@@ -300,7 +310,8 @@ class Ledger:
         """Record that the units of ``axis`` may be cut only if the statistic that ``call`` computes counts open units
         alone.
         """
-        self.statistics.append((line(axis), call.why("statistic", "a statistic is computed over its channels")))
+        text = OF_WEIGHT if call.reads_weight() else "a statistic is computed over its channels"
+        self.statistics.append((line(axis), call.why("statistic", text)))
         self.counted.append((call.module_name(), line(axis)))
 
     # parts that several rules share

@@ -10,14 +10,16 @@ goes on to use both halves in the same way, so both must lose the same channels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import rules
 from .axes import Axes, along, at_rank, narrow, varying
-from .ledger import Marks, line
+from .ledger import Marks, Piece, line
 
 if TYPE_CHECKING:
     from .call import Call
@@ -73,25 +75,54 @@ def _pieces_kept(call: Call, axis: Tensor, dim: int, sizes: list[int]) -> bool:
         dim: the dimension of which the parts are.
         sizes: the sizes of all parts, in order; their sum is the size of the dimension.
 
-    Returns: False also if the axis changes along other dimensions than ``dim``.
+    Returns: False also if the axis changes along other dimensions than ``dim``, and for parts that training alone
+    takes: nothing would show that their numbers are right.
     """
-    kept, module = call.ledger.kept.get(call.module_name(), {}), call.module_name()
+    kept, module, ledger = call.ledger.kept.get(call.module_name(), {}), call.module_name(), call.ledger
     if varying(axis) != {dim}:
         return False
-    names = [[name for name, value in kept.items() if value == size > 1 and "." not in name] for size in sizes]
+    named = {name: value for name, value in kept.items() if "." not in name}
+    names = [
+        [name for name, value in named.items() if value == size and (size > 1 or (module, name) in ledger.sure)]
+        for size in sizes
+    ]
     tuples = [key.removesuffix(".0") for key in kept if key.endswith(".0")]
     alike = [name for name in tuples if _whole(kept, name) == sizes]
-    seen = {len(units) for owner, _, units in call.ledger.pieces if owner == module}
+    if alike and len(set(sizes)) < len(sizes):
+        names = [[] for _ in sizes]  # each part has a number of its own, which attributes of that size are not
+    seen = {len(units) for owner, _, units in ledger.pieces if owner == module}
     sums = {a + b for a in seen for b in seen if a != b}
     if not alike and any(not found and size not in sums for found, size in zip(names[:-1], sizes, strict=False)):
         return False
     parts = axis.split(sizes, dim)
+    pieces = [
+        (module, name, line(part))
+        for at, part in enumerate(parts)
+        for name in (*(f"{name}.{at}" for name in alike), *names[at])
+    ]
+    if call.tracer.training and not all(any(_same_piece(piece, other) for other in ledger.pieces) for piece in pieces):
+        return False
+    ledger.pieces += pieces
     for at, part in enumerate(parts):
-        attributes = [*(f"{name}.{at}" for name in alike), *names[at]]
-        call.ledger.pieces += [(module, name, line(part)) for name in attributes]
-        if not alike and names[at] and names[at] in names[:at]:
-            call.ledger.unite(part, parts[names.index(names[at])], call)
+        if names[at] and names[at] in names[:at]:
+            ledger.unite(part, parts[names.index(names[at])], call)
     return True
+
+
+def _same_piece(a: Piece, b: Piece) -> bool:
+    """Whether two records are of one part that is taken by one number."""
+    return a[:2] == b[:2] and np.array_equal(a[2], b[2])
+
+
+def _taken_elsewhere(call: Call, dim: int, numbers: Iterable[int]) -> None:
+    """Record the numbers of the running module by which it takes a part of a dimension without units, such as time.
+
+    Such a number cannot follow a width too.
+    """
+    if not any(dim in varying(axis) for axis in call.axes(call.args[0])):
+        wanted, module = {number for number in numbers if number > 1}, call.module_name()
+        kept = call.ledger.kept.get(module, {})
+        call.ledger.elsewhere += [(module, name) for name, value in kept.items() if value in wanted]
 
 
 def _whole(kept: dict[str, int], name: str) -> list[int]:
@@ -220,12 +251,13 @@ def _split(call: Call) -> tuple[Axes, ...]:
     dim = call.arg("dim", 0) % tensor.dim()
     sizes = [part.shape[dim] for part in call.out]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    listed = call.name.endswith("with_sizes")  # else all parts but the last have the size that the code names
+    _taken_elsewhere(call, dim, sizes)
     for axis in call.axes(tensor):
         if axis.shape[dim] > 1 and len(sizes) > 1:
-            if len(set(sizes)) == 1:
-                equal_parts(call, axis, dim, len(sizes))
-            elif not _pieces_kept(call, axis, dim, sizes):
-                _literal(call, axis, dim)
+            if listed and _pieces_kept(call, axis, dim, sizes):
+                continue
+            equal_parts(call, axis, dim, len(sizes)) if len(set(sizes)) == 1 else _literal(call, axis, dim)
 
     def part(end: int, size: int) -> Axes:
         """Return the axes of the part with ``size`` indices that stops before index ``end``."""
@@ -247,17 +279,20 @@ def _slice(call: Call) -> Axes:
     full_size, part_size = tensor.shape[dim], call.out.shape[dim]
     start, step = call.arg("start") or 0, call.arg("step", 1) or 1
     start = min(start + full_size if start < 0 else start, full_size)
+    if part_size != full_size:
+        _taken_elsewhere(call, dim, (start, part_size, start + part_size, full_size - start))
     out = []
     for axis in call.axes(tensor):
         if axis.shape[dim] > 1 and part_size != full_size:
             equal = step == 1 and part_size and full_size % part_size == 0 and start % part_size == 0
             parts = full_size // part_size if equal else 0  # 0: the slice is no part of equal ones
-            if parts and (parts <= _PARTS or not _pieces_kept(call, axis, dim, _cuts(start, part_size, full_size))):
+            kept = step == 1 and _pieces_kept(call, axis, dim, _cuts(start, part_size, full_size))
+            if parts and (parts <= _PARTS or not kept):
                 equal_parts(call, axis, dim, parts)
             elif step > 1 and full_size % step == 0:
                 split = axis.unflatten(dim, (-1, step))
                 call.ledger.unite(split, split.narrow(dim + 1, 0, 1), call)
-            elif not parts and (step > 1 or not _pieces_kept(call, axis, dim, _cuts(start, part_size, full_size))):
+            elif not parts and not kept:
                 _literal(call, axis, dim)
         if axis.shape[dim] > 1:
             axis = narrow(axis[(slice(None),) * dim + (slice(start, start + max(part_size - 1, 0) * step + 1, step),)])

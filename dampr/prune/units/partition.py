@@ -64,7 +64,7 @@ class Units:
         summed: bool (units,), whether activations of each unit are added up without a weight.
         added: bool (units,), whether activations of each unit are added to others, as along a residual stream.
         products: the products on the first example inputs in evaluation, if that was traced.
-        counted, normed, within, in_groups, pieces: as in the ledger; there norms of weights have an empty name.
+        counted, normed, within, in_groups, pieces, elsewhere: as in the ledger; norms of weights have an empty name.
     """
 
     label: Ints
@@ -90,6 +90,7 @@ class Units:
     within: frozenset[str] = frozenset()
     in_groups: set[str] = field(default_factory=set)
     pieces: list[Piece] = field(default_factory=list)
+    elsewhere: set[tuple[str, str]] = field(default_factory=set)
 
     @functools.cached_property
     def members(self) -> dict[int, list[Member]]:
@@ -202,6 +203,20 @@ class Units:
             for class_id in self.classes(name, dim)
         }
 
+    @functools.cached_property
+    def piece_numbers(self) -> set[tuple[str, str]]:
+        """(module, attribute) of the numbers by which code takes parts of a dimension."""
+        return {(module, attribute) for module, attribute, _ in self.pieces}
+
+    @functools.cached_property
+    def pieces_of(self) -> dict[int, tuple[int, ...]]:
+        """class -> the numbers of the entries of :attr:`pieces` that it is in; classes in none are left out."""
+        found: dict[int, tuple[int, ...]] = {}
+        for number, (_, _, part) in enumerate(self.pieces):
+            for one in set(self.label[part].tolist()):
+                found[one] = (*found.get(one, ()), number)
+        return found
+
     def among(self, classes: Iterable[int]) -> Bools:
         """Return whether the class of each unit is in ``classes``: bool, (units,)."""
         return _marked(len(self.label), [np.array(list(classes), np.int64)])[self.label]
@@ -273,6 +288,7 @@ def solve(ledger: Ledger, modes: tuple[bool, ...] = (False,), failed: dict[bool,
         within=ledger.within,
         in_groups=ledger.in_groups,
         pieces=ledger.pieces,
+        elsewhere=set(ledger.elsewhere),
     )
 
 

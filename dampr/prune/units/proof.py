@@ -10,6 +10,7 @@ parameters and buffers; to mask it is to set the weights and biases that write i
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -29,6 +30,8 @@ from . import tracer
 from .ledger import Ledger
 from .partition import NOTHING_TO_CHOOSE, Units, solve
 from .sizes import Size, follow
+
+_ATTEMPTS = 8  # choices of half of the classes that are looked at
 
 
 def cut(model: nn.Module, units: Units, classes: Iterable[int], sizes: Iterable[Size] = ()) -> nn.Module:
@@ -100,7 +103,8 @@ def half(units: Units, clusters: Sequence[Sequence[int]], seed: int = 0) -> list
     """Choose a random half of the classes of each cluster, and leave at least one class in every dimension.
 
     The number chosen differs between the clusters and with ``seed``: some lose half, others fewer. So a number that
-    code keeps for several clusters together does not fit all of them by accident.
+    code keeps for several clusters together does not fit all of them by accident. Of a dimension that code takes in
+    parts, each part loses some, and parts of different sizes stay different.
 
     Args:
         units: the partition.
@@ -109,21 +113,65 @@ def half(units: Units, clusters: Sequence[Sequence[int]], seed: int = 0) -> list
 
     Returns: the chosen classes.
     """
+    chosen: list[int] = []
+    for attempt in range(_ATTEMPTS):
+        chosen = _half(units, clusters, seed, attempt)
+        if not units.pieces or not _made_alike(units, set(chosen)):
+            break
+    return chosen
+
+
+def _half(units: Units, clusters: Sequence[Sequence[int]], seed: int, attempt: int) -> list[int]:
+    """Choose classes as :func:`half` does, without a look at the sizes of the parts that are left.
+
+    Args:
+        units: the partition.
+        clusters: the clusters, each a sequence of classes.
+        seed: as in :func:`half`.
+        attempt: another number changes how many classes of each part are chosen.
+    """
     generator = random.Random(seed)
     remaining = {
         (name, dim): len(set(units.classes(name, dim))) for name, dims in units.origin.items() for dim, _, _ in dims
     }
     chosen = []
     for number, cluster in enumerate(clusters):
-        most = len(cluster) // 2
-        count = most - (number + seed) % (most // 2 + 1)
-        for class_id in generator.sample(list(cluster), count):
-            places = {(member.name, member.dim) for member in units.members[class_id]}
-            if all(remaining[place] > 1 for place in places):
-                chosen.append(class_id)
-                for place in places:
-                    remaining[place] -= 1
+        for at, part in enumerate(_parts(units, cluster)):
+            most = len(part) // 2
+            count = most - (number + seed + at * (1 + attempt)) % (most // 2 + 1)
+            for class_id in generator.sample(part, count):
+                places = {(member.name, member.dim) for member in units.members[class_id]}
+                if all(remaining[place] > 1 for place in places):
+                    chosen.append(class_id)
+                    for place in places:
+                        remaining[place] -= 1
     return chosen
+
+
+def _parts(units: Units, cluster: Sequence[int]) -> list[list[int]]:
+    """Return the classes of a cluster, one list for each part of a dimension that code takes; one list if code takes
+    none.
+    """
+    parts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for class_id in cluster:
+        parts[units.pieces_of.get(class_id, ())].append(class_id)
+    return list(parts.values())
+
+
+def _made_alike(units: Units, chosen: set[int]) -> bool:
+    """Return whether two parts that one module takes have the same size, or one twice that of the other, without the
+    classes in ``chosen``, but not with them.
+    """
+    sizes: dict[str, set[tuple[int, int]]] = defaultdict(set)  # module -> (size, size without the chosen classes)
+    for module, _, piece in units.pieces:
+        classes = units.label[piece].tolist()
+        sizes[module].add((len(classes), sum(class_id not in chosen for class_id in classes)))
+    return any(
+        first[1] * times == second[1] and first[0] * times != second[0]
+        for pairs in sizes.values()
+        for first, second in itertools.permutations(pairs, 2)
+        for times in (1, 2)
+    )
 
 
 @dataclass(frozen=True)
@@ -226,7 +274,7 @@ def _traced(model: nn.Module, units: Units, samples: list[Any]) -> Units:
 
     Raises: what the model raises.
     """
-    ledger = Ledger.of(model, units.within)
+    ledger = Ledger.of(model, units.within, units.piece_numbers)
     for mode in units.modes:
         for sample in samples:
             tracer.run_as_fits(ledger, model, sample, training=mode)

@@ -232,12 +232,14 @@ def _solve(call: Call) -> Axes | tuple[Axes, ...]:
     """
     matrix, right = call.args[:2] if call.name.startswith(("linalg", "_linalg")) else call.args[1::-1]
     first = call.first if isinstance(call.out, Tensor) else call.out[0]
-    rows = right.dim() - (2 if call.arg("left", True) else 1)
-    if right.dim() < 2 or right.dim() != matrix.dim():
-        rows = right.dim() - 1  # the right-hand side is one vector for each matrix
-    of_matrix = _matrices(call, matrix, {matrix.dim() - 2, matrix.dim() - 1})
-    shape = [*matrix.shape[:-2], *(1,) * (first.dim() - matrix.dim() + 2)]
-    of_matrix = [axis.reshape([*axis.shape[:-2], *(1,) * (first.dim() - axis.dim() + 2)]) for axis in of_matrix]
+    rows, sides = right.dim() - (2 if call.arg("left", True) else 1), 2
+    if right.dim() == 1 or right.shape == matrix.shape[:-1]:
+        rows, sides = right.dim() - 1, 1  # the right-hand side is one vector for each matrix
+    shape = [*matrix.shape[:-2], *(1,) * sides]
+    of_matrix = [
+        axis.reshape([*axis.shape[:-2], *(1,) * sides])
+        for axis in _matrices(call, matrix, {matrix.dim() - 2, matrix.dim() - 1})
+    ]
     sizes = [1 if at == rows else size for at, size in enumerate(right.shape)]
     operands = [(Marks(of_matrix), shape), (Marks(_matrices(call, right, {rows})), sizes)]
     met = call.ledger.meet(list(first.shape), operands, call)

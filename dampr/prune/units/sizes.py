@@ -92,15 +92,22 @@ def followers(model: nn.Module, units: Units, classes: Iterable[int]) -> list[Si
             if value < 2 or any(word in attribute for word in _NO_WIDTHS):
                 continue
             place = next(_matches(value, candidates, sizes, counts), None)
-            if place is not None and (name, attribute) not in pieces:
+            if place is not None and (name, attribute) not in {*pieces, *units.elsewhere}:
                 guesses.append(Size(name, attribute, *place, value, sizes[place]))
     return [*pieces.values(), *guesses, *_of_norms(model, units, sizes)]
 
 
 def _of_pieces(units: Units, cut: set[int]) -> Iterator[Size]:
-    """Yield the attributes by which code takes a part of a dimension that loses some of the classes ``cut``."""
+    """Yield the attributes by which code takes a part of a dimension that loses some of the classes ``cut``.
+
+    An attribute that stands for other numbers too cannot follow, and is left out.
+    """
+    labels: dict[tuple[str, str], set[tuple[int, ...]]] = {}
     for module, attribute, piece in units.pieces:
-        if cut.isdisjoint(units.label[piece].tolist()):
+        labels.setdefault((module, attribute), set()).add(tuple(units.label[piece].tolist()))
+    for module, attribute, piece in units.pieces:
+        several = len(labels[module, attribute]) > 1 or (module, attribute) in units.elsewhere
+        if several or cut.isdisjoint(units.label[piece].tolist()):
             continue
         place = _place(units, piece)
         if place is not None:
