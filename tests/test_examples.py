@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples import notebooks
+from tests.long import long_if
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*_*.py"))
@@ -61,7 +62,9 @@ def test_the_comparison_has_every_family(monkeypatch, capsys) -> None:
     assert [r["family"] for r in result["runs"]] == ["dense", "hard_concrete", "dep_l0", "dam", "diffprune", "diffmask"]
 
 
-@pytest.mark.parametrize("script", ["lstm_language_model", "dam_recommender", "dam_graph"])
+@pytest.mark.parametrize(
+    "script", [long_if("lstm_language_model", "lstm_language_model"), "dam_recommender", "dam_graph"]
+)
 def test_sizes_quality_and_speed_stand_side_by_side(monkeypatch, capsys, script) -> None:
     result = run(monkeypatch, capsys, script, *OTHERS[script])
     assert len(result["models"]) >= 3

@@ -100,7 +100,7 @@ def copy_sources(target: Path) -> Path:
 
 
 def compiler(path: Path, line: str) -> str:
-    """A compiler: a shell script with this line. The wheel alone is built with the real one, as users build it."""
+    """A compiler: a shell script with this line."""
     path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(0o755)
     return str(path)
@@ -128,13 +128,18 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return unpacked
 
 
-@pytest.fixture(scope="module")
-def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source distribution, in an environment without torch, with pip's default isolation."""
+@pytest.fixture(
+    scope="module", params=[True, pytest.param(False, marks=pytest.mark.long)], ids=["quick", "as users do"]
+)
+def wheel(request: pytest.FixtureRequest, sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the source distribution, in an environment without torch, with pip's default isolation; quickly, or as
+    users build it.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     python = make_venv(folder / "venv", borrow=False)
     assert run(python, "-c", "import torch", cwd=folder, ok=False).returncode != 0
-    return build_wheel(python, sdist, folder / "wheels")[0]
+    how = {"CXX": compiler(folder / "quick", 'exec c++ "$@" -O0')} if request.param else {}
+    return build_wheel(python, sdist, folder / "wheels", **how)[0]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from benchmarks.quality.training import accuracy, learning_rate
 from benchmarks.quality.widths import cut_by_l1, macs, narrow_widths
 from benchmarks.tables import PLACE
 from dampr.prune.measure import count_macs
+from tests.long import long_if
 
 SMALL = ("lenet5", "vgg", "gru", "transformer")
 
@@ -74,7 +75,7 @@ def found(*records) -> Results:
     return Results({results.key(r): r for r in records})
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [long_if(name, "transformer") for name in SMALL])
 def test_a_narrow_network_costs_its_share_within_one_percent(name) -> None:
     task = TASKS[name]
     share = task.shares[-1]

@@ -22,7 +22,7 @@ def ran(script: str, ranks: int, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "script", ["train_ddp", *(pytest.param(script, marks=pytest.mark.long) for script in ("train_fsdp", "train_tp"))]
+    "script", [pytest.param(script, marks=pytest.mark.long) for script in ("train_ddp", "train_fsdp", "train_tp")]
 )
 def test_two_ranks_end_as_one_process_does(script) -> None:
     two, one = ran(script, 2), ran(script, 1)

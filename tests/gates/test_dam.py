@@ -9,6 +9,7 @@ import torch
 
 import dampr
 from dampr import gates
+from tests.long import long_if
 
 PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
 
@@ -213,7 +214,7 @@ def test_a_cold_start_holds_beta_and_its_optimizer_takes_it_up_afterwards(decaye
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
-@pytest.mark.parametrize("latent", [5, 10, 20])
+@pytest.mark.parametrize("latent", [long_if(latent, 5, 10) for latent in (5, 10, 20)])
 def test_linear_dimensionality_reduction_finds_the_dimension(golden, toy, latent, seed):
     gate = toy(gates.DiscriminativeMask(50), lambda gate: gates.dam_penalty([gate], 0.01), latent, seed)
     assert int(gate.is_open().sum()) == latent

@@ -10,6 +10,7 @@ import torch
 
 import dampr
 from dampr import gates, reference, spec
+from tests.long import long_if
 
 PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
 
@@ -162,7 +163,7 @@ def test_penalties():
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
-@pytest.mark.parametrize("lam", [1e-2, 1e-3])
+@pytest.mark.parametrize("lam", [long_if(1e-2, 1e-2), 1e-3])
 def test_the_surrogate_settles_at_the_dimension_and_without_it_the_network_dies(toy, lam, seed):
     for variant, expected in (("hard", (9, 11)), ("hard_constant", (0, 0))):
         gate = toy(
@@ -192,7 +193,7 @@ def test_an_annealed_mask_settles_where_scales_outlast_the_flat_slope_and_dies_w
 
 
 @pytest.mark.parametrize(("lam", "least"), [(1e-2, 8), (1e-3, 9)])
-@pytest.mark.parametrize("how", ["foothill", "trainable slope"])
+@pytest.mark.parametrize("how", ["foothill", long_if("trainable slope", "trainable slope")])
 def test_foothill_and_a_trainable_slope_settle_at_the_dimension_too(toy, how, lam, least):
     """The strong penalty takes up to two directions that carry little: 8 to 10 are open over four seeds (AMD EPYC)."""
     gate = gates.DifferentiableMask(50, slope_mode="fixed" if how == "foothill" else "trainable")

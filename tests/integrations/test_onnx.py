@@ -20,6 +20,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from dampr.integrations import onnx  # noqa: E402
+from tests.long import long_if  # noqa: E402
 
 
 def run(path: Path, *given: Tensor) -> list[Tensor]:
@@ -47,7 +48,7 @@ def compacted(name: str) -> tuple[nn.Module, nn.Module, Tensor]:
     return model, dampr.compact(model, example_inputs=x), x
 
 
-@pytest.mark.parametrize("name", models.ALL)
+@pytest.mark.parametrize("name", [long_if(name, "resnet50", "mobilenet_v3", "shufflenet") for name in models.ALL])
 def test_onnxruntime_computes_what_a_compacted_model_does(name: str, tmp_path: Path) -> None:
     _, small, x = compacted(name)
     check(small, tmp_path / "small.onnx", x, torch.randn_like(x))
@@ -82,7 +83,7 @@ def test_recurrent_models_with_what_gates_leave_of_them(kind: Any, tmp_path: Pat
     check(small, tmp_path / "small.onnx", words, torch.randint(20, (3, 5)))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("kind", [long_if(kind, nn.LSTM, nn.RNN) for kind in (nn.LSTM, nn.GRU, nn.RNN)])
 def test_recurrent_layers_with_widths_of_their_own(kind: Any, tmp_path: Path) -> None:
     model, words = Tagger(kind), torch.randint(20, (3, 5))
     model.rnn = kind(8, 3, 2, batch_first=True, bidirectional=True)

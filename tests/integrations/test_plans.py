@@ -21,6 +21,7 @@ from dampr.integrations import huggingface, lightning  # noqa: E402
 from tests.integrations.test_huggingface import llama, words  # noqa: E402
 from tests.integrations.test_lightning import BATCHES, X, loss_of, same  # noqa: E402
 from tests.integrations.test_trainer import Texts  # noqa: E402
+from tests.long import long_if  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pytorch_lightning", "ignore:.*isinstance.*LeafSpec.*is deprecated")
 
@@ -183,7 +184,7 @@ def test_transformers_trainer_with_its_own_optimizer(tmp_path: Path) -> None:
     assert log[-1]["macs_left"] == pytest.approx(plan.report.budget.reached / plan.report.budget.total)
 
 
-@pytest.mark.parametrize("stop", [8, 32])
+@pytest.mark.parametrize("stop", [8, long_if(32, 32)])
 def test_transformers_trainer_resumes(stop: int, tmp_path: Path) -> None:
     model, plan = text_model()
     trainer(model, huggingface.PlanCallback(plan), tmp_path).train()

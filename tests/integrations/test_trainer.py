@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 
 from dampr.integrations import huggingface  # noqa: E402
 from tests.integrations.test_huggingface import llama, words  # noqa: E402
+from tests.long import long_if  # noqa: E402
 
 
 class Texts(torch.utils.data.Dataset):
@@ -111,7 +112,7 @@ def test_a_training_that_resumes_goes_on_with_the_budget(restore: bool, tmp_path
     assert float(other.multiplier) == pytest.approx(float(budget.multiplier), rel=1e-3)
 
 
-@pytest.mark.parametrize("when", ["steps", "epoch", "best"])
+@pytest.mark.parametrize("when", [long_if(when, "epoch", "steps") for when in ("steps", "epoch", "best")])
 @pytest.mark.parametrize("score", ["importance", "learned"])
 def test_checkpoints_hold_a_budget_that_owns_its_gates(score: str, when: str, tmp_path: Any) -> None:
     def made() -> tuple[dampr.Budget, Any]:

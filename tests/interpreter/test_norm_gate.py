@@ -14,6 +14,7 @@ from dampr import functional, testing
 from dampr.kernels import configs
 from dampr.testing import verify, verify_norm
 from dampr.testing.verify_norm import NormCase
+from tests.long import long_if
 
 CASES = [
     NormCase((3, 20, 5, 7), training, per_sample, layout=layout)
@@ -32,7 +33,7 @@ def test_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _failures(CASES, torch.float16, monkeypatch) == []
 
 
-@pytest.mark.parametrize("most", [1, 3, 100])
+@pytest.mark.parametrize("most", [long_if(most, 1, 100) for most in (1, 3, 100)])
 def test_any_number_of_pieces_gives_the_same_sums(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NORM_MAX_SPLITS", "NORM_MAX_PARTS"):
         monkeypatch.setattr(configs, name, most)
