@@ -63,6 +63,10 @@ def compacted(model: nn.Module, example_inputs: Any, round_to: int) -> tuple[nn.
                 attribute: getattr(module, attribute) for attribute in ("groups", "in_channels", "out_channels")
             }
     follow_inputs(small, example_inputs)
+    for name, module in small.named_modules():
+        features: Any = getattr(module, "num_features", None)
+        if features != getattr(model.get_submodule(name), "num_features", None) and not module.state_dict():
+            changed.setdefault(name, {})["num_features"] = features
     remaining = _left(structure, classes, before)
     kept = _sides(small, remaining)
     names = {module: name for name, module in small.named_modules()}

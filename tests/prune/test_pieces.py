@@ -287,6 +287,28 @@ def test_parts_of_one_size_in_a_tuple(how: str) -> None:
     assert_exact(Equal(how), x, at_most=0.5)
 
 
+class Normed(nn.Module):
+    """A norm without parameters over one part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (6, 8)
+        self.up, self.norm, self.out = nn.Conv2d(3, 14, 1), nn.InstanceNorm2d(6), nn.Conv2d(14, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).split(self.sizes, 1)  # type: ignore[arg-type]
+        y: Tensor = self.out(torch.cat([self.norm(a), b], 1))
+        return y
+
+
+def test_a_norm_without_parameters_gets_its_size_back() -> None:
+    x = torch.randn(2, 3, 5, 5)
+    small: Any = cut_in_half(halved(dampr.convert(Normed().eval(), example_inputs=x)), x)
+    large: Any = dampr.expand(small)
+    assert (small.norm.num_features, large.norm.num_features, large.sizes) == (3, 6, (6, 8))
+    torch.testing.assert_close(large(x), small(x))
+
+
 class Steps(nn.Module):
     """Parts of one size and a shorter rest: their number would change with a cut."""
 

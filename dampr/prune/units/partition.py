@@ -211,11 +211,11 @@ class Units:
     @functools.cached_property
     def pieces_of(self) -> dict[int, tuple[int, ...]]:
         """class -> the numbers of the entries of :attr:`pieces` that it is in; classes in none are left out."""
-        found: dict[int, tuple[int, ...]] = {}
+        numbers: dict[int, tuple[int, ...]] = {}
         for number, (_, _, part) in enumerate(self.pieces):
-            for one in set(self.label[part].tolist()):
-                found[one] = (*found.get(one, ()), number)
-        return found
+            for class_id in set(self.label[part].tolist()):
+                numbers[class_id] = (*numbers.get(class_id, ()), number)
+        return numbers
 
     def among(self, classes: Iterable[int]) -> Bools:
         """Return whether the class of each unit is in ``classes``: bool, (units,)."""
