@@ -216,6 +216,7 @@ def _refused(
         tried = {n: sight.why_not(m, n) for n, m in free.items() if second_opinion.unreached(n, m, sight.units) is None}
     skipped = {n: reason for n, reason in (reasons | tried).items() if reason}
     judged = {n: layer for n, layer in chosen.items() if n not in skipped or n in factors}
+    # attentions and recurrent layers, whose cut other code judges; and layers whose cut was tried above
     whole = {n for n in judged if n not in by_channel or kind_of(judged[n]).recurrent}
     known = {n for n, reason in tried.items() if reason == ""}
     return skipped | second_opinion.refused(widths.traced, widths.units, judged, example_inputs, whole, known)
@@ -324,12 +325,12 @@ def _why_not(layer: Any, widths: graph.Widths, tie: bool, model: nn.Module, exam
         return widths.why_absent(layer) if layer in widths.called() else None
     if widths.reaches_output(layer):
         return "its outputs are the model's own"
-    norms, alone = widths.norms_reading(layer)
+    norms, no_others = widths.norms_reading(layer)
     weight = next((name for norm in norms if (name := computed(norm)) is not None), None)
     if weight is not None:
         return f"the {weight} of a BatchNorm that reads it is computed from other tensors"
-    if norms and not (alone and (tie or len(norms) == 1)):
-        others = "other layers read it too" if not alone else "with tie=False these cannot share its gates"
+    if norms and not (no_others and (tie or len(norms) == 1)):
+        others = "other layers read it too" if not no_others else "with tie=False these cannot share its gates"
         return f"{len(norms)} BatchNorms make constants of its closed channels, and {others}"
     return widths.why_not(layer)
 
@@ -472,12 +473,16 @@ def multiplies_beside(units: Units, plan: LayerPlan, model: nn.Module) -> bool:
     gated, whole = gated_classes(units, plan)
     classes = set(itertools.chain.from_iterable(gated.values()))
     counted = {layer for _, layer, _ in counted_in(model)}
-    beside = [
+    products_beside = [
         product
         for product in units.products
         if not is_inside(product.module, whole) and model.get_submodule(product.module) not in counted
     ]
-    return any(not classes.isdisjoint(units.label[factor].tolist()) for product in beside for factor in product.factors)
+    return any(
+        not classes.isdisjoint(units.label[factor].tolist())
+        for product in products_beside
+        for factor in product.factors
+    )
 
 
 def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
@@ -490,9 +495,9 @@ def say_why(plan: LayerPlan, why: dict[str, str]) -> None:
         why: name of a layer -> the reason.
     """
     # UNSAID says only that no step gave a reason, so it adds nothing.
-    said = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}
-    combined = {name: f"{said[name]}; as a layer, {r}" for name, r in plan.skipped.items() if said.get(name, r) != r}
-    plan.skipped |= said | {name: r for name, r in plan.skipped.items() if name in said} | combined
+    told = {name: reason for name, reason in why.items() if reason != unit_gates.UNSAID}
+    combined = {name: f"{told[name]}; as a layer, {r}" for name, r in plan.skipped.items() if told.get(name, r) != r}
+    plan.skipped |= told | {name: r for name, r in plan.skipped.items() if name in told} | combined
 
 
 def name_others(plan: LayerPlan, model: nn.Module, sight: Sight, include: Filter, exclude: Filter) -> None:

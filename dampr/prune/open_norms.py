@@ -280,12 +280,12 @@ def _exact(layer: nn.Module, name: str, norm: OpenNorm, units: Units, x: Tensor)
     kept = torch.tensor([at for at, class_id in enumerate(norm.classes) if class_id not in gone]).to(x.device)
     reads = norm.dim if norm.weight is None else norm.weight["channels"]
     try:
-        whole, x = copy.deepcopy(inputs.as_trained(layer, None, sure=True)).double().eval(), x.double()
-        norm = replace(norm, offset=_offset(whole, x, reads))
-        expected = _cut_alone(copy.deepcopy(whole), name, units, gone)(x.index_select(reads, kept))
+        whole_layer, x = copy.deepcopy(inputs.as_trained(layer, None, sure=True)).double().eval(), x.double()
+        norm = replace(norm, offset=_offset(whole_layer, x, reads))
+        expected = _cut_alone(copy.deepcopy(whole_layer), name, units, gone)(x.index_select(reads, kept))
         gaps: dict[int | None, float] = {}
         for correction in (0, 1, None):
-            masked = copy.deepcopy(whole)
+            masked = copy.deepcopy(whole_layer)
             put_on(masked, replace(norm, correction=correction).without(gone, x.device))
             outputs = masked(x)
             outputs = outputs.index_select(reads, kept) if norm.weight is None else outputs

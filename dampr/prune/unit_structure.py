@@ -105,7 +105,7 @@ class UnitStructure(GateVector[GatedParameter]):
         self.gate_of = self._gates_of_classes()
 
     def branches(self, name: str) -> list[int]:
-        """Always empty, because gates on parameters do not close residual branches."""
+        """Return [], because gates on parameters do not close residual branches."""
         return []
 
     def least(self, start: int) -> int:

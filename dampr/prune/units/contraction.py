@@ -50,25 +50,26 @@ def product(call: Call, a: Tensor, b: Tensor, letters: tuple[str, str], result: 
     }
     operands = []
     # a vector that a weight is multiplied with is not what reads its units
-    both = call.is_weight(a) and call.is_weight(b)
+    both_weights = call.is_weight(a) and call.is_weight(b)
     for tensor, its_letters in ((a, letters[0]), (b, letters[1])):
         marks = call.of(tensor)
         if marks is not None:
             axes = [_in_order(axis, its_letters, order) for axis in _picked(call, marks.axes, its_letters)]
-            if marks.weight and not (both and tensor.dim() == 1):
+            if marks.weight and not (both_weights and tensor.dim() == 1):
                 _note_sides(call, axes, len(result))
             operands.append((Marks(axes), [sizes[letter] if letter in its_letters else 1 for letter in order]))
     met = call.ledger.meet([sizes[letter] for letter in order], operands, call)
     zero = any(call.of(t) is None and call.tracer.is_zero(t) for t in (a, b))
     weighed = any((marks := call.of(t)) is not None and marks.weight for t in (a, b))
-    kind = "noted" if both and not zero else "weighed" if weighed else "sum"
+    kind = "noted" if both_weights and not zero else "weighed" if weighed else "sum"
     contracted = set(range(len(result), len(order)))
     if kind == "noted":
         call.ledger.norm_of([marks.axes for marks, _ in operands], contracted, call)
-    alone = [all(a is b or not varying(a) & varying(b) for b in met) for a in met]
-    overlapping = [axis for axis, is_alone in zip(met, alone, strict=True) if not is_alone]
+    # axes of several dimensions that change along some of them together are no factors by themselves
+    without_overlap = [all(a is b or not varying(a) & varying(b) for b in met) for a in met]
+    overlapping = [axis for axis, lone in zip(met, without_overlap, strict=True) if not lone]
     call.count(
-        math.prod(sizes.values()), [axis for axis, is_alone in zip(met, alone, strict=True) if is_alone], overlapping
+        math.prod(sizes.values()), [axis for axis, lone in zip(met, without_overlap, strict=True) if lone], overlapping
     )
     return call.ledger.reduce(met, contracted, False, kind, call)
 

@@ -81,24 +81,28 @@ def _pieces_kept(call: Call, axis: Tensor, dim: int, sizes: list[int]) -> bool:
     kept, module, ledger = call.ledger.kept.get(call.module_name(), {}), call.module_name(), call.ledger
     if varying(axis) != {dim}:
         return False
+    # for each part the attributes that hold its size, and the tuples that hold the sizes of all parts
     named = {name: value for name, value in kept.items() if "." not in name}
     names = [
         [name for name, value in named.items() if value == size and (size > 1 or (module, name) in ledger.sure)]
         for size in sizes
     ]
     tuples = [key.removesuffix(".0") for key in kept if key.endswith(".0")]
-    alike = [name for name in tuples if _whole(kept, name) == sizes]
-    if alike and len(set(sizes)) < len(sizes):
+    tuples_alike = [name for name in tuples if _whole(kept, name) == sizes]
+    if tuples_alike and len(set(sizes)) < len(sizes):
         names = [[] for _ in sizes]  # each part has a number of its own, which attributes of that size are not
+    # the sizes of parts that the module took before, and of two of them together
     seen = {len(units) for owner, _, units in ledger.pieces if owner == module}
     sums = {a + b for a in seen for b in seen if a != b}
-    if not alike and any(not found and size not in sums for found, size in zip(names[:-1], sizes, strict=False)):
+    if not tuples_alike and any(
+        not attributes_of_size and size not in sums for attributes_of_size, size in zip(names[:-1], sizes, strict=False)
+    ):
         return False
     parts = axis.split(sizes, dim)
     pieces = [
         (module, name, line(part))
         for at, part in enumerate(parts)
-        for name in (*(f"{name}.{at}" for name in alike), *names[at])
+        for name in (*(f"{name}.{at}" for name in tuples_alike), *names[at])
     ]
     if call.tracer.training and not all(any(_same_piece(piece, other) for other in ledger.pieces) for piece in pieces):
         return False

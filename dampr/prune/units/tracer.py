@@ -132,7 +132,8 @@ def _computes_alike(func: Any) -> bool:
 
 @contextmanager
 def _plain_operators() -> Iterator[None]:
-    """A block in which operators arrive one by one: no gradients, no fused attention, recurrent layers as products.
+    """Open a block in which operators arrive one by one: no gradients, no fused attention, recurrent layers as
+    products.
 
     Warnings are silent, because the model gives the same ones in an ordinary run.
     """

@@ -113,7 +113,7 @@ def _has_parts(names: Iterable[str], above: str) -> bool:
 
 
 def _shapes(units: Units, parameters: set[str], above: str, part: str) -> dict[str, list[tuple[int, int]]]:
-    """The names and shapes of the parameters in a submodule, to compare it with the submodules beside it.
+    """Return the names and shapes of the parameters in a submodule, to compare it with the submodules beside it.
 
     Args:
         units: the partition.
