@@ -200,7 +200,7 @@ def _torchvision(name: str) -> Made:
         how |= {"init_weights": False, "aux_logits": True}
     if TORCHVISION[name] == "models.segmentation":
         how |= {"weights_backbone": None, "num_classes": 5}
-    size = 128 if name == "inception_v3" else 64
+    size = 299 if name == "inception_v3" else 64  # its auxiliary head, which training alone reaches, wants that
     return getattr(module, name)(**how), torch.randn(2, 3, size, size)
 
 
