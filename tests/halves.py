@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,19 @@ def cut_in_half(model: nn.Module, x: Any) -> nn.Module:
     for found, wanted in zip(inputs.evaluate(small, x), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     return small
+
+
+def finished(plan: dampr.Plan, loss: Callable[[], torch.Tensor], steps: int, lr: float = 1e-3) -> nn.Module:
+    """What a plan leaves after all its steps, with Adam; ``loss`` runs the model of the plan."""
+    optimizer = torch.optim.Adam(plan.model.parameters(), lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        total = loss() + plan.penalty()
+        assert bool(total.isfinite())
+        total.backward()
+        optimizer.step()
+        plan.step(optimizer)
+    return plan.finish()
 
 
 def assert_exact(model: nn.Module, x: Any, at_most: float = 1.0, *, residual: bool = False) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import dampr
 from dampr.prune.summary import distinct_gates
-from tests.halves import assert_exact, cut_in_half, halved
+from tests.halves import assert_exact, cut_in_half, finished, halved
 
 
 class Modulated(nn.Module):
@@ -93,11 +93,5 @@ def test_kernels_that_attention_mixes(samples: int) -> None:
 def test_a_plan_on_a_generator() -> None:
     z, target = torch.randn(4, 5), torch.randn(4, 3, 4, 4)
     plan = dampr.Plan(Generator(True, False), z, macs=0.4, steps=60)
-    optimizer = torch.optim.Adam(plan.model.parameters(), 1e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        (F.mse_loss(plan.model(z), target) + plan.penalty()).backward()
-        optimizer.step()
-        plan.step(optimizer)
-    small = plan.finish()
+    small = finished(plan, lambda: F.mse_loss(plan.model(z), target), 60)
     assert small(torch.randn(7, 5)).shape == (7, 3, 4, 4)

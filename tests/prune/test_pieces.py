@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import dampr
 from dampr.prune.summary import distinct_gates
-from tests.halves import assert_exact, cut_in_half, halved
+from tests.halves import assert_exact, cut_in_half, finished, halved
 
 Parts = tuple[Tensor, ...]
 
@@ -103,13 +103,7 @@ def test_parts_of_other_shares(tmp_path: Path) -> None:
 def test_a_shrinker_moves_the_numbers() -> None:
     x, y = torch.randn(8, 5, 4), torch.randn(8, 5, 3)
     plan = dampr.Plan(network(by_list), x, macs=0.3, steps=80)
-    optimizer = torch.optim.Adam(plan.model.parameters(), 1e-3)
-    for _ in range(80):
-        optimizer.zero_grad()
-        (F.mse_loss(plan.model(x), y) + plan.penalty()).backward()
-        optimizer.step()
-        plan.step(optimizer)
-    small: Any = plan.finish()
+    small: Any = finished(plan, lambda: F.mse_loss(plan.model(x), y), 80)
     assert sum(small[1].listed) == small[1].up.out_features
     assert small[1].listed[0] == small[1].down.in_features
 

@@ -20,7 +20,7 @@ from dampr.nn import GatedParameter
 from dampr.nn.open_statistics import of_open
 from dampr.prune import CompactionError
 from dampr.prune.summary import distinct_gates
-from tests.halves import assert_exact, halved
+from tests.halves import assert_exact, finished, halved
 
 Standardise = Callable[[Tensor], Tensor]
 
@@ -261,15 +261,7 @@ def test_kernels_of_one_element_keep_two_columns(standardise: Standardise) -> No
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     other = copy.deepcopy(model)
     plan = dampr.Plan(model, x, macs=0.2, steps=40)
-    optimizer = torch.optim.Adam(plan.model.parameters(), 1e-3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(plan.model(x), y) + plan.penalty()
-        loss.backward()
-        assert bool(loss.isfinite())
-        optimizer.step()
-        plan.step(optimizer)
-    small: Any = plan.finish()
+    small: Any = finished(plan, lambda: F.cross_entropy(plan.model(x), y), 40)
     assert small(x).isfinite().all()
     assert min(small[2].in_channels, small[4].in_channels) >= 2
     closed: Any = dampr.convert(other, x).eval()

@@ -15,6 +15,7 @@ from dampr.prune import gated_layers
 from dampr.prune.cost import Cost
 from dampr.prune.latency import Latency
 from dampr.prune.measure import count_macs
+from tests.halves import finished
 
 
 class Scaled(nn.Linear):
@@ -206,13 +207,7 @@ def test_a_plan_trains_saves_and_expands_a_derived_recurrent_layer(case, tmp_pat
     x = torch.randn(64, 5, 6)
     y = x.sum(1)[:, :3].argmax(1)
     plan = dampr.Plan(RECURRENT[case](), x[:4], macs=0.4, steps=40)
-    optimizer = torch.optim.Adam(plan.model.parameters(), 1e-2)
-    for _ in range(40):
-        optimizer.zero_grad()
-        (F.cross_entropy(plan.model(x), y) + plan.penalty()).backward()
-        optimizer.step()
-        plan.step(optimizer)
-    small = plan.finish().eval()
+    small = finished(plan, lambda: F.cross_entropy(plan.model(x), y), 40, lr=1e-2).eval()
     assert count_macs(small, x) <= 0.4 * count_macs(RECURRENT[case](), x)
     dampr.save(small, tmp_path / "small.pt")
     loaded = dampr.load(tmp_path / "small.pt", RECURRENT[case]()).eval()
