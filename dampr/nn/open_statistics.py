@@ -44,6 +44,7 @@ class OpenStatistics(KeepsIndex, nn.Module):
     index: Tensor
     correction: int | None = 0  # files of earlier versions have neither
     offset = "bias"
+    owned = ""  # the name of the weight that it counts the columns of; empty for a norm of activations
 
     def __init__(
         self,
@@ -68,8 +69,7 @@ class OpenStatistics(KeepsIndex, nn.Module):
         Returns: (args, kwargs), or args alone for a hook that gets no keywords, as in files of earlier versions.
         """
         x = first_argument(args, kwargs or {})
-        dims = tuple(range(1, x.dim())) if self.whole else (self.dim,)
-        spread, self._factor = self._of_open(x, dims)
+        spread, self._factor = self._of_open(x, self.dims(x.dim()))
         return (spread, *args[1:]) if kwargs is None else with_first(args, kwargs, spread)
 
     def _of_open(self, x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -77,6 +77,10 @@ class OpenStatistics(KeepsIndex, nn.Module):
         z = self.gate().detach()
         opened = reference.along(torch.cat([z, z.new_ones(1)])[self.index] != 0, x, self.dim)
         return of_open(x, opened, dims, centred=self.centred, correction=self.correction)
+
+    def dims(self, rank: int) -> tuple[int, ...]:
+        """The dimensions that the statistics of a tensor of this rank run over."""
+        return tuple(range(1, rank)) if self.whole else (self.dim % rank,)
 
     def as_read(self, name: str, value: Tensor) -> Tensor:
         """What the forward of the norm reads for its parameter ``name``: ``value`` itself."""
@@ -147,7 +151,7 @@ class OpenWeight(OpenStatistics):
         """What the forward of the layer reads for its parameter ``name``, which is ``value``."""
         if name != self.owned or not self._runs:
             return value
-        spread, self._factor = self._of_open(value, self.over)
+        spread, self._factor = self._of_open(value, self.dims(value.dim()))
         return spread
 
     def after(self, norm: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
@@ -157,6 +161,9 @@ class OpenWeight(OpenStatistics):
         """
         self._runs = False
         return super().after(norm, args, y) if self._factor is not None and isinstance(y, Tensor) else y
+
+    def dims(self, rank: int) -> tuple[int, ...]:
+        return self.over
 
     def _channels(self) -> int:
         return self.channels

@@ -18,7 +18,7 @@ from dampr.gates import DependencyGenerator, Gate, make_gate
 from dampr.gates.draws import share_generator
 from dampr.nn.base import VECTOR_GRANULARITIES, Granularity
 from dampr.nn.computed import settled
-from dampr.nn.parameter import GatedParameter
+from dampr.nn.parameter import gated_parameters
 
 from . import graph, heads, inputs, rectified, transformer, unit_gates, wrapped
 from .convert_checks import (
@@ -141,7 +141,7 @@ def convert(
         raise TypeError("model is what torch.compile returned: expected the module itself; convert it, then compile")
     if "_orig_mod" not in model._modules:
         wrapped.check_bare(model, "gates are new parameters of it")
-    if any(isinstance(module, GatedParameter) for module in model.modules()):
+    if next(gated_parameters(model), None) is not None:
         raise ConversionError(
             "model has gates on its parameters already: expected one without, which is converted once"
         )

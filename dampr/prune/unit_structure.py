@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dampr.nn import GatedLayer, open_statistics
-from dampr.nn.open_statistics import OpenWeight, norms_with_open_statistics
+from dampr.nn.open_statistics import norms_with_open_statistics
 from dampr.nn.parameter import GatedParameter, gated_parameters, take_off
 
 from . import inputs
@@ -93,14 +93,13 @@ class UnitStructure(GateVector[GatedParameter]):
             name: self.units.label[line].tolist() for name, line in self.units.counted if name in self.counting
         }
         # a layer that standardises its weight counts the columns of this weight, and so does a parametrization
-        for name, statistics in self.counting.items():
-            weight = (
-                f"{name}.{statistics.owned}"
-                if isinstance(statistics, OpenWeight)
-                else f"{name.rpartition('.')[0]}.original"
-            )
-            if isinstance(statistics, OpenWeight) or ".parametrizations." in name:
-                self.counted[name] = self.units.classes(weight, statistics.dim)
+        self._weights = {
+            name: f"{name}.{statistics.owned}" if statistics.owned else f"{name.rpartition('.')[0]}.original"
+            for name, statistics in self.counting.items()
+            if statistics.owned or ".parametrizations." in name
+        }
+        for name, weight in self._weights.items():
+            self.counted[name] = self.units.classes(weight, self.counting[name].dim)
         self.notes: dict[str, str] = {}
         self.gate_of = self._gates_of_classes()
 
@@ -109,15 +108,19 @@ class UnitStructure(GateVector[GatedParameter]):
         return []
 
     def least(self, start: int) -> int:
-        """Two of what a layer reads whose weight has kernels of one element and is standardised: one element alone has
-        no deviation. Else one.
+        """Two of what a layer reads whose weight has kernels of one element and is standardised, or whose norm divides
+        by the unbiased deviation: one element alone has none. Else one.
         """
-        for name, own in self.counting.items():
-            if not isinstance(own, OpenWeight):
+        for name, statistics in self.counting.items():
+            holders = (holder for holder in self.holders if self.gated[holder].gate is statistics.gate)
+            if start not in map(self.start, holders):
                 continue
-            holder = next((self.start(name) for name in self.holders if self.gated[name].gate is own.gate), None)
-            weight = self.plain.get_submodule(name).get_parameter(own.owned)
-            if holder == start and math.prod(weight.shape[d] for d in own.over) == weight.shape[own.dim]:
+            if name in self._weights:
+                shape = self.plain.get_parameter(self._weights[name]).shape
+                alone = math.prod(shape[d] for d in statistics.dims(len(shape))) == shape[statistics.dim]
+            else:
+                alone = statistics.correction == 1 and not statistics.whole
+            if alone:
                 return 2
         return 1
 

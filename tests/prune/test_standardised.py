@@ -271,6 +271,17 @@ def test_kernels_of_one_element_keep_two_columns(standardise: Standardise) -> No
         dampr.compact(closed, x)
 
 
+def test_a_norm_of_the_unbiased_deviation_keeps_two_units() -> None:
+    x = torch.randn(4, 5)
+    model = nn.Sequential(nn.Linear(5, 12), Block(12), AnnotatedNorm(12), nn.Linear(12, 3))
+    gated = dampr.convert(model, x, residual=True)
+    budget = dampr.Budget(gated, x, macs=0.2)
+    budget.finalize()
+    small: Any = dampr.compact(gated, x)
+    assert small[3].in_features >= 2
+    assert small(x).isfinite().all()
+
+
 def test_copies_files_and_training(tmp_path: Path) -> None:
     x, y = torch.randn(16, 3, 8, 8), torch.randint(5, (16,))
     plan = dampr.Plan(network(biased), x, macs=0.4, steps=60)
