@@ -284,7 +284,8 @@ def _slice(call: Call) -> Axes:
     start, step = call.arg("start") or 0, call.arg("step", 1) or 1
     start = min(start + full_size if start < 0 else start, full_size)
     if part_size != full_size:
-        _taken_elsewhere(call, dim, (start, part_size, start + part_size, full_size - start))
+        stop = start + part_size
+        _taken_elsewhere(call, dim, (start, part_size, stop if stop < full_size else 0))
     out = []
     for axis in call.axes(tensor):
         if axis.shape[dim] > 1 and part_size != full_size:
