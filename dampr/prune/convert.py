@@ -54,7 +54,7 @@ from .layer_plan import (
     share_of_layers,
 )
 from .sight import look, with_open_norms
-from .unit_gates import Placement
+from .unit_search import Placement
 from .units import Units, remembering
 from .units.groups import left_at_half, share_of_macs
 

@@ -293,8 +293,9 @@ class Shrinker:
 
         It is compared in double precision if the model runs in it, else in its own precision.
         """
+        given = inputs.samples(self.model, self._inputs)
         for kind in (torch.float64, None):
-            samples = inputs.samples(self.model, self._inputs)
+            samples = given
             trial = inputs.copied(self.model)
             if kind is not None:
                 trial, samples = trial.to(kind), with_tensors(_doubled, samples)

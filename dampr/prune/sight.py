@@ -14,10 +14,10 @@ from torch import nn
 
 from dampr.nn import GatedLayer
 
-from . import open_norms, unit_gates
+from . import open_norms, unit_search
 from .layers.registry import kind_of
 from .modules import of_kind
-from .unit_gates import Placement
+from .unit_search import Placement
 from .units import Units, trace_units
 from .units.groups import share_of_macs
 
@@ -173,7 +173,7 @@ def _placed_within(model: nn.Module, example_inputs: Any, within: Iterable[str] 
     units = trace_units(model, example_inputs, within=within)
     norms = open_norms.find(model, units, example_inputs, streams=False)
     units = units.with_open_statistics(norms)
-    return units, unit_gates.place(model, units, example_inputs, norms)
+    return units, unit_search.place(model, units, example_inputs, norms)
 
 
 def with_open_norms(model: nn.Module, units: Units, example_inputs: Any) -> tuple[Units, Placement]:
@@ -200,7 +200,7 @@ def _placed_with_open_norms(model: nn.Module, units: Units, example_inputs: Any)
     """Return what :func:`with_open_norms` does, but raise what the model raises."""
     norms = open_norms.find(model, units, example_inputs)
     opened = units.with_open_statistics(norms)
-    return opened, unit_gates.place(model, opened, example_inputs, norms)
+    return opened, unit_search.place(model, opened, example_inputs, norms)
 
 
 def _tied(model: nn.Module, units: Units) -> set[str]:

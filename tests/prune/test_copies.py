@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dampr.prune import copies, flow, inputs, unit_gates
+from dampr.prune import copies, flow, inputs, unit_search
 from dampr.prune.measure import count_macs
 from dampr.prune.meta import OnMeta, computed
 from dampr.prune.unit_trials import Shapes
@@ -193,10 +193,10 @@ def test_shapes_that_mislead_leave_the_placement_as_it_is(
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(2, 5, 12)
     units = trace_units(model, x)
-    expected = unit_gates.place(model, units, x)
+    expected = unit_search.place(model, units, x)
     assert expected.groups
     monkeypatch.setattr(Shapes, "fits", lambda self, small: said)
-    found = unit_gates.place(model, units, x)
+    found = unit_search.place(model, units, x)
     assert sorted(found.classes()) == sorted(expected.classes())
     assert set(found.sizes) == set(expected.sizes)
     assert found.refused == expected.refused

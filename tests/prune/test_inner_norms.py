@@ -80,6 +80,34 @@ def test_the_stream_stays_and_what_is_inside_goes(block: type[nn.Module], norm: 
     assert_exact(network(block, norm), x, at_most=0.7)
 
 
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "in place": lambda x, y: y.add_(x),
+    "scaled": lambda x, y: torch.add(x, y, alpha=0.5),
+    "addcmul": lambda x, y: torch.addcmul(x, y, torch.ones(())),
+    "lerp": lambda x, y: torch.lerp(x, y, 0.5),
+    "minus": lambda x, y: x - y,
+    "where": lambda x, y: torch.where(x > y, x, y),
+}
+
+
+class Summed(Branch):
+    """A residual branch that is added in another way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(nn.LayerNorm)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SUMS[self.how](x, self.down(F.gelu(self.inner(self.up(self.norm(x))))))
+
+
+@pytest.mark.parametrize("how", SUMS)
+def test_a_stream_is_one_however_it_is_summed(how: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Summed(how), Summed(how), nn.LayerNorm(8), nn.Linear(8, 3))
+    gates = distinct_gates(dampr.convert(model, example_inputs=torch.randn(2, 5, 6)))
+    assert [gate.num_gates for gate in gates.values()] == [12, 12]
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_stream_goes_on_request(norm: str) -> None:
     x = torch.randn(2, 5, 6)

@@ -339,14 +339,8 @@ class Twice(nn.Module):
 
 
 def test_a_number_with_two_meanings_keeps_the_width() -> None:
-    x, longer = torch.randn(2, 13, 4), torch.randn(2, 19, 4)
-    try:
-        model = dampr.convert(Twice().eval(), example_inputs=x)
-    except dampr.prune.ConversionError:
-        return
-    small: Any = dampr.compact(halved(model), x)
-    assert small.k == 10
-    torch.testing.assert_close(small(longer), model(longer))
+    with pytest.raises(dampr.prune.ConversionError, match="something beside its layers has that width"):
+        dampr.convert(Twice(), example_inputs=torch.randn(2, 13, 4))
 
 
 class Windows(nn.Module):
@@ -363,13 +357,9 @@ class Windows(nn.Module):
         return out
 
 
-def test_parts_that_overlap_keep_their_width_or_are_right() -> None:
-    x = torch.randn(3, 4)
-    try:
-        model = dampr.convert(Windows().eval(), example_inputs=x)
-    except dampr.prune.ConversionError:
-        return
-    cut_in_half(halved(model), x)
+def test_parts_that_overlap_keep_their_width() -> None:
+    with pytest.raises(dampr.prune.ConversionError, match="something beside its layers has that width"):
+        dampr.convert(Windows(), example_inputs=torch.randn(3, 4))
 
 
 def test_a_model_with_gates_on_parameters_is_converted_once() -> None:

@@ -157,7 +157,7 @@ class Ledger:
         in_groups: names of the weights of convolutions with groups of several channels.
         kept: name of a module -> the whole numbers that it keeps, as :func:`.numbers.kept_numbers` returns them.
         elsewhere: (name of the module, attribute) of the numbers by which code takes parts of dimensions without units.
-        added: units of activations that are added to others, as along a residual stream.
+        added: units of activations that meet other activations, but not as factors: those of a residual stream, say.
         sure: (name of the module, attribute) of numbers that are known to be those of parts, even of one index.
         pieces: (name of the module, attribute, units in order) of every part of a dimension that code takes by a number
             which the module keeps in this attribute.

@@ -30,6 +30,8 @@ def kept_numbers(module: nn.Module) -> dict[str, int]:
     """
     kept: dict[str, int] = {}
     for attribute, value in vars(module).items():
+        if "." in attribute:  # it would look like a place in a tuple
+            continue
         if type(value) is int:
             kept[attribute] = value
         elif type(value) in (tuple, list) and value and all(type(number) is int for number in value):

@@ -181,7 +181,8 @@ def elementwise(call: Call) -> Axes:
             [[at_rank(axis, len(shape)) for axis in call.axes(t)] for t in call.given if t.dtype.is_floating_point]
         )
     axes = ledger.meet(shape, operands, call)
-    if call.name in ("add", "sub") and sum(marks is not None and not marks.weight for marks in call.marks) > 1:
+    activations = [marks for marks in call.marks if marks is not None and marks.axes and not marks.weight]
+    if call.name not in _FACTORS and len(activations) > 1:  # also lerp, addcmul, where
         ledger.added += [line(axis) for axis in axes]
     for tensor in call.given:
         ahead = len(shape) - tensor.dim()

@@ -525,17 +525,18 @@ def _written(axis: Tensor, places: Tensor, base: Tensor) -> Tensor:
 
 
 # what is 0 in the first argument of these is 0 in the result
-_KEEP_ZEROS = (
+_NAMES = (
     "div pow square sqrt abs neg clone _unsafe_view _to_copy view reshape expand permute transpose unsqueeze squeeze "
     "t repeat flatten unflatten sum"
 )
+_KEEP_ZEROS = frozenset(_NAMES.split())
 
 
 def _is_scaled(call: Call) -> bool:
     """Return whether the result of a call is 0 where a weight is (:class:`~.ledger.Marks`)."""
     if call.name == "mul":
         return rules.scaled_weight(call) is not None
-    first = call.of(call.args[0]) if call.args and call.name in _KEEP_ZEROS.split() else None
+    first = call.of(call.args[0]) if call.args and call.name in _KEEP_ZEROS else None
     return first is not None and first.scaled
 
 
